@@ -1,0 +1,46 @@
+"""The registry: which module knows which `model_type`. Modules are imported on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from mtp_convert.errors import ConvertError, Problem
+from mtp_convert.mapping.family import Family
+
+MODULES: tuple[str, ...] = ("nemotron_h",)
+# Multi-modal wrappers keep the language model's config in one of these fields.
+NESTED = ("text_config", "llm_config", "language_config")
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """Every family, in the order of the registry."""
+    return tuple(import_module(f"mtp_convert.adapters.{m}").FAMILY for m in MODULES)
+
+
+def find(config: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]:
+    """The family of a config, and the path of fields to the section that describes the language model.
+
+    Raises:
+        ConvertError: MTP021, naming the known model types.
+    """
+    known = {t: f for f in families() for t in f.model_types}
+    if config.get("model_type") in known:
+        return known[str(config["model_type"])], ()
+    for nested in NESTED:
+        section = config.get(nested)
+        if isinstance(section, dict) and section.get("model_type") in known:
+            return known[str(section["model_type"])], (nested,)
+    raise ConvertError(
+        "MTP021",
+        Problem(
+            "model_type",
+            "config.json",
+            repr(config.get("model_type")),
+            f"one of {', '.join(sorted(known))}",
+        ),
+        hint="`mtp-convert families` lists what is supported",
+    )

@@ -1,0 +1,337 @@
+"""Nemotron-H (Nemotron 3 Nano / Super / Ultra, 3.5 Lightning, v2): hybrid Mamba2 / attention / MLP / MoE with MTP.
+
+Hugging Face stores MTP sub-layers under one flat index: f = depth * P + j with P = len(MTP pattern); enorm, hnorm and
+eh_proj sit on the first sub-layer of a depth, final_layernorm on the last. Megatron nests them per depth.
+Names: transformers `modeling_nemotron_h.py` and the released checkpoints; Megatron-Core 0.19 `HybridModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mtp_convert.adapters import _blocks as b
+from mtp_convert.mapping.family import Config, ConfigError, Family
+from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, rule
+
+# One letter per block kind, as in `hybrid_override_pattern`; lists spell them out (transformers 4 and 5 differ).
+LETTERS = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}
+MTP_PATTERN = ("mtp_hybrid_override_pattern", "mtp_layers_block_type")
+
+
+@dataclass(frozen=True, slots=True)
+class NemotronDims:
+    """Everything that fixes the names and shapes of a Nemotron-H."""
+
+    H: int
+    V: int
+    pattern: str
+    mtp_pattern: str
+    depths: int
+    tied: bool
+    attention: b.Attention
+    mlp: b.Mlp
+    mamba: b.Mamba | None
+    moe: b.Moe | None
+
+
+def dims(config: Config, depths: int) -> NemotronDims:
+    """Read a config.json; fields that no block of the pattern needs may be absent."""
+    H = number(config, "hidden_size")
+    pattern = read_pattern(config, "hybrid_override_pattern", "layers_block_type")
+    mtp = read_pattern(config, *MTP_PATTERN) if depths or any(config.get(f) for f in MTP_PATTERN) else ""
+    declared = config.get("num_hidden_layers")
+    if declared is not None and declared != len(pattern):
+        raise ConfigError(f"num_hidden_layers is {declared}, the pattern {pattern!r} has {len(pattern)}")
+    used = set(pattern + mtp)
+    heads = number(config, "num_attention_heads")
+    head_dim = config.get("head_dim") or config.get("attention_head_dim") or H // heads
+    return NemotronDims(
+        H=H,
+        V=number(config, "vocab_size"),
+        pattern=pattern,
+        mtp_pattern=mtp,
+        depths=depths,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        attention=b.Attention(
+            H,
+            heads,
+            number(config, "num_key_value_heads"),
+            int(head_dim),
+            bool(config.get("attention_bias")),
+        ),
+        mlp=b.Mlp(
+            H,
+            number(config, "intermediate_size") if "-" in used else 0,
+            bool(config.get("mlp_bias")),
+        ),
+        mamba=_mamba(config, H) if "M" in used else None,
+        moe=_moe(config, H) if "E" in used else None,
+    )
+
+
+def _mamba(config: Config, H: int) -> b.Mamba:
+    if config.get("use_bias") or config.get("mamba_proj_bias") or not config.get("use_conv_bias", True):
+        raise ConfigError(
+            "Megatron's Mamba mixer has no projection bias and always a conv bias; use_bias must be "
+            "false and use_conv_bias true"
+        )
+    return b.Mamba(
+        H,
+        N=number(config, "mamba_num_heads"),
+        head=number(config, "mamba_head_dim"),
+        G=number(config, "n_groups") * number(config, "ssm_state_size"),
+        W=number(config, "conv_kernel"),
+    )
+
+
+def _moe(config: Config, H: int) -> b.Moe:
+    latent = config.get("moe_latent_size")
+    return b.Moe(
+        H,
+        E=number(config, "n_routed_experts"),
+        I=number(config, "moe_intermediate_size"),
+        S=number(config, "moe_shared_expert_intermediate_size"),
+        latent=int(latent) if latent else None,
+    )
+
+
+def number(config: Config, field: str) -> int:
+    """A positive whole number of the config."""
+    value = config.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**40:
+        raise ConfigError(f"{field} must be a positive whole number, got {value!r}")
+    return value
+
+
+def read_pattern(config: Config, text: str, listed: str) -> str:
+    """A block pattern as letters, from the string field, from the list field, or from both if they agree."""
+    found: dict[str, str] = {}
+    if config.get(text) is not None:
+        found[text] = str(config[text]).replace("|", "")
+    if config.get(listed) is not None:
+        unknown = sorted({str(x) for x in config[listed]} - LETTERS.keys())
+        if unknown:
+            raise ConfigError(f"{listed} names unknown block kinds: {', '.join(unknown)}")
+        found[listed] = "".join(LETTERS[x] for x in config[listed])
+    if not found:
+        raise ConfigError(f"neither {text} nor {listed} is given")
+    if len(set(found.values())) > 1:
+        raise ConfigError(" and ".join(f"{k} = {v!r}" for k, v in found.items()) + " disagree")
+    pattern = next(iter(found.values()))
+    if bad := set(pattern) - set("M*-E") or (not pattern and {"nothing"}):
+        raise ConfigError(f"{next(iter(found))}: unknown block kinds {sorted(bad)}")
+    return pattern
+
+
+def attention(d: NemotronDims) -> Block:
+    """`*`"""
+    rows = [rule(f"mixer.{p}_proj.weight", p) for p in "qkvo"]
+    bias = [rule(f"mixer.{p}_proj.bias", f"{p}_bias") for p in "qkvo"] if d.attention.bias else []
+    return b.with_hf(b.attention(d.attention), rule("norm.weight", "norm"), *rows, *bias)
+
+
+def mlp(d: NemotronDims) -> Block:
+    """`-`"""
+    rows = [rule(f"mixer.{p}_proj.weight", p) for p in ("up", "down")]
+    bias = [rule(f"mixer.{p}_proj.bias", f"{p}_bias") for p in ("up", "down")] if d.mlp.bias else []
+    return b.with_hf(b.mlp(d.mlp), rule("norm.weight", "norm"), *rows, *bias)
+
+
+def moe(d: NemotronDims) -> Block:
+    """`E`"""
+    assert d.moe is not None
+    rows: list[Row] = [
+        rule("norm.weight", "norm"),
+        rule("mixer.gate.weight", "router"),
+        rule("mixer.gate.e_score_correction_bias", "router_bias"),
+        rule("mixer.experts.{e}.up_proj.weight", "experts.{e}.up"),
+        rule("mixer.experts.{e}.down_proj.weight", "experts.{e}.down"),
+    ]
+    if d.moe.S:
+        rows += [rule(f"mixer.shared_experts.{p}_proj.weight", f"shared.{p}") for p in ("up", "down")]
+    if d.moe.latent:
+        rows += [
+            rule("mixer.fc1_latent_proj.weight", "latent_in"),
+            rule("mixer.fc2_latent_proj.weight", "latent_out"),
+        ]
+    return b.with_hf(b.moe(d.moe), *rows)
+
+
+def mamba(d: NemotronDims) -> Block:
+    """`M`"""
+    assert d.mamba is not None
+    return b.with_hf(b.mamba(d.mamba), rule("norm.weight", "norm"), *b.hf_mamba_rows("mixer"))
+
+
+KINDS = {"M": mamba, "*": attention, "-": mlp, "E": moe}
+
+
+def ends(d: NemotronDims) -> Block:
+    """Embedding, final norm and output head."""
+    embed = "{trunk}.{embeddings}.weight"
+    params = [Param("embedding", (d.V, d.H), vocab=True), Param("final_norm", (d.H,))]
+    hf: list[Row] = [rule(embed, "embedding"), rule("{trunk}.{norm}.weight", "final_norm")]
+    megatron: list[Row] = [
+        rule("embedding.word_embeddings.weight", "embedding"),
+        rule("decoder.{final_norm}.weight", "final_norm"),
+        Extra("decoder.{final_norm}._extra_state"),
+        Extra("output_layer._extra_state"),
+    ]
+    if d.tied:
+        hf.append(Copy("lm_head.weight", "embedding"))
+        megatron.append(Copy("output_layer.weight", "embedding"))
+    else:
+        params.append(Param("head", (d.V, d.H), vocab=True))
+        hf.append(rule("lm_head.weight", "head"))
+        megatron.append(rule("output_layer.weight", "head"))
+    return Block(tuple(params), {"hf": tuple(hf), "megatron": tuple(megatron)})
+
+
+def places(d: NemotronDims) -> Iterator[Placed]:
+    """Every block of the model with its prefix in each layout."""
+    yield Placed(ends(d), "", {"hf": "{wrapper}", "megatron": "{wrapper}"})
+    blocks = {letter: KINDS[letter](d) for letter in set(d.pattern + d.mtp_pattern)}
+    layer = {"hf": "{wrapper}{trunk}.layers.{i}.", "megatron": "{wrapper}decoder.layers.{i}."}
+    for i, letter in enumerate(d.pattern):
+        yield Placed(blocks[letter], "layers.{i}.", layer, {"i": i}, stack="i")
+    fusion = b.with_hf(b.mtp_fusion(d.H), *(rule(f"{n}.weight", n) for n in ("enorm", "hnorm", "eh_proj")))
+    final = b.with_hf(b.mtp_final_norm(d.H), rule("final_layernorm.weight", "final_layernorm"))
+    flat = "{wrapper}mtp.layers.{f}."
+    depth = {"hf": flat, "megatron": "{wrapper}mtp.layers.{k}."}
+    sub = {"hf": flat, "megatron": "{wrapper}mtp.layers.{k}.{inner}.layers.{j}."}
+    P = len(d.mtp_pattern)
+    for k in range(d.depths):
+        yield Placed(fusion, "mtp.{k}.", depth, {"k": k, "f": k * P})
+        for j, letter in enumerate(d.mtp_pattern):
+            yield Placed(blocks[letter], "mtp.{k}.layers.{j}.", sub, {"k": k, "j": j, "f": k * P + j})
+        yield Placed(final, "mtp.{k}.", depth, {"k": k, "f": k * P + P - 1})
+
+
+def declared_depths(config: Config) -> int:
+    """`num_nextn_predict_layers`, absent in models without MTP."""
+    return int(config.get("num_nextn_predict_layers") or 0)
+
+
+def with_depths(config: Config, depths: int) -> dict[str, Any]:
+    """`num_nextn_predict_layers` counts physical depths; a repeated layer counts once."""
+    return {**config, "num_nextn_predict_layers": depths}
+
+
+def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
+    """Megatron-LM argument names; `steps` MTP depths run, over one stored depth when `repeated`."""
+    d = dims(config, 1 if steps else 0)
+    pattern = "/".join([d.pattern, *[d.mtp_pattern] * steps])
+    args: dict[str, Any] = {
+        "num_layers": len(d.pattern),
+        "hidden_size": d.H,
+        "ffn_hidden_size": config.get("intermediate_size", 4 * d.H),
+        "num_attention_heads": d.attention.Q,
+        "num_query_groups": d.attention.K,
+        "group_query_attention": d.attention.Q != d.attention.K,
+        "kv_channels": d.attention.D,
+        "max_position_embeddings": config.get("max_position_embeddings", 4096),
+        "seq_length": config.get("max_position_embeddings", 4096),
+        "position_embedding_type": "none",
+        "add_position_embedding": False,
+        "use_rotary_position_embeddings": False,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.get("layer_norm_epsilon", config.get("rms_norm_eps", 1e-5)),
+        "add_bias_linear": d.attention.bias or d.mlp.bias,
+        "add_qkv_bias": d.attention.bias,
+        "squared_relu": config.get("mlp_hidden_act", "relu2") == "relu2",
+        "swiglu": False,
+        "untie_embeddings_and_output_weights": not d.tied,
+        "vocab_size": d.V,
+        "padded_vocab_size": d.V,
+        "attention_dropout": config.get("attention_dropout", 0.0),
+        "hidden_dropout": config.get("hidden_dropout", 0.0),
+        "hybrid_layer_pattern": pattern,
+        "hybrid_override_pattern": d.pattern,
+        "spec": ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],
+        "is_hybrid_model": True,
+    }
+    if steps:
+        args |= {
+            "mtp_num_layers": steps,
+            "mtp_hybrid_override_pattern": d.mtp_pattern,
+            "mtp_use_repeated_layer": repeated,
+        }
+    return args | _mamba_args(config, d) | _moe_args(config, d)
+
+
+def _mamba_args(config: Config, d: NemotronDims) -> dict[str, Any]:
+    if d.mamba is None:
+        return {}
+    return {
+        "mamba_num_heads": d.mamba.N,
+        "mamba_head_dim": d.mamba.head,
+        "mamba_state_dim": config["ssm_state_size"],
+        "mamba_num_groups": config["n_groups"],
+    }
+
+
+def _moe_args(config: Config, d: NemotronDims) -> dict[str, Any]:
+    if d.moe is None:
+        return {}
+    groups = config.get("n_group") or 1
+    args: dict[str, Any] = {
+        "num_experts": d.moe.E,
+        "moe_ffn_hidden_size": d.moe.I,
+        "moe_shared_expert_intermediate_size": d.moe.S or None,
+        "moe_router_topk": config.get("num_experts_per_tok", 2),
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_pre_softmax": False,
+        "moe_router_topk_scaling_factor": config.get("routed_scaling_factor", 1.0),
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": True,
+    }
+    if groups > 1:
+        args |= {
+            "moe_router_num_groups": groups,
+            "moe_router_group_topk": config.get("topk_group", 1),
+        }
+    if d.moe.latent:
+        args["moe_latent_size"] = d.moe.latent
+    return args
+
+
+FAMILY = Family(
+    name="nemotron_h",
+    model_types=("nemotron_h",),
+    title="Nemotron-H / Nemotron 3 (hybrid Mamba2, attention, MLP, MoE)",
+    dims=dims,
+    places=places,
+    choices={
+        "hf": {
+            "wrapper": ("", "language_model.", "llm."),
+            "trunk": ("backbone", "model"),
+            "embeddings": ("embeddings", "embedding", "embed_tokens"),
+            "norm": ("norm_f", "norm"),
+        },
+        "megatron": {
+            "wrapper": ("", "model.", "module.", "language_model."),
+            **b.MEGATRON_CHOICES,
+            "final_norm": ("final_norm", "final_layernorm"),
+        },
+    },
+    declared_depths=declared_depths,
+    with_depths=with_depths,
+    megatron_args=megatron_args,
+    megatron_since=(0, 17),
+    notes=(
+        "Attention has no position encoding; eh_proj columns are [embedding | hidden].",
+        "A released checkpoint stores one MTP depth and trains it as a repeated layer: the config says 1.",
+        "Router bias, A_log, D and dt_bias keep their stored dtype under --dtype.",
+    ),
+)

@@ -1,0 +1,260 @@
+"""Opens a checkpoint of any container and layout and checks it against its config, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mtp_convert import adapters
+from mtp_convert.containers import safetensors, torch_dist
+from mtp_convert.containers.base import Stored, StoredTensor
+from mtp_convert.errors import ConvertError, Problem
+from mtp_convert.mapping.family import ConfigError, Dims, Family, with_depths
+from mtp_convert.mapping.layout import Binding, Layout
+
+LATEST = "latest_checkpointed_iteration.txt"
+PROVENANCE = "mtp_convert.json"
+CARRIED = "hf"  # folder beside a Megatron checkpoint with the Hugging Face side files
+MOST_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Located:
+    """A checkpoint folder that was recognised: where its weights and its side files are."""
+
+    given: Path
+    weights: Path
+    side: Path
+    layout: str
+    container: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint: what is stored, what the config says, and the layout that explains it.
+
+    steps: MTP depths that run; repeated: whether they share one stored depth. copies: copy tensors that are stored.
+    """
+
+    located: Located
+    stored: Stored
+    config: Mapping[str, Any]
+    section: tuple[str, ...]
+    family: Family
+    dims: Dims
+    layout: Layout
+    steps: int
+    repeated: bool
+    copies: frozenset[str]
+    unmapped: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """The section of the config that describes the language model."""
+        config = self.config
+        for field in self.section:
+            config = config[field]
+        return config
+
+    def tensor(self, name: str) -> StoredTensor:
+        """A stored tensor."""
+        return self.stored.tensors[name]
+
+
+def locate(path: Path) -> Located:
+    """Recognise a folder by what lies in it.
+
+    Raises:
+        ConvertError: MTP002.
+    """
+    if not path.is_dir():
+        what = "not a folder" if path.exists() else "no such folder"
+        raise ConvertError("MTP002", Problem(what, str(path)), hint="SRC is a checkpoint folder")
+    weights = path
+    if (path / LATEST).is_file():
+        weights = _iteration(path)
+    if (weights / torch_dist.METADATA).is_file():
+        root = path if weights != path else path.parent
+        side = root / CARRIED if (root / CARRIED).is_dir() else path / CARRIED
+        return Located(path, weights, side, "megatron", "torch_dist")
+    if (path / safetensors.INDEX).is_file() or any(path.glob("*.safetensors")):
+        return Located(path, path, path, "hf", "safetensors")
+    if any(weights.glob("mp_rank_*")):
+        raise ConvertError(
+            "MTP002",
+            Problem("legacy mp_rank checkpoint", str(weights)),
+            hint="only torch_dist is read so far",
+        )
+    if (weights / "metadata.json").is_file():
+        raise ConvertError("MTP013", Problem("file is missing", str(weights / torch_dist.METADATA)))
+    raise ConvertError(
+        "MTP002",
+        Problem("no checkpoint", str(path), expected=f"*.safetensors, {LATEST} or {torch_dist.METADATA}"),
+    )
+
+
+def _iteration(root: Path) -> Path:
+    text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    if text == "release":
+        folder = root / "release"
+    elif text.isdecimal():
+        folder = root / f"iter_{int(text):07d}"
+    else:
+        raise ConvertError("MTP013", Problem("no iteration", LATEST, repr(text[:40]), "a number or 'release'"))
+    if not folder.is_dir():
+        raise ConvertError("MTP013", Problem("no such folder", LATEST, folder.name))
+    return folder
+
+
+def open_checkpoint(path: Path, *, hf_config: Path | None = None, allow_unmapped: bool = False) -> Checkpoint:
+    """Read headers and config of a checkpoint and check that they explain each other completely.
+
+    Raises:
+        ConvertError: exit code 3 for damaged files, 4 when config and tensors disagree.
+    """
+    located = locate(path)
+    config = read_config(hf_config or located.side / "config.json", located)
+    family, section = adapters.find(config)
+    stored = (safetensors if located.layout == "hf" else torch_dist).read(located.weights)
+    model: Mapping[str, Any] = config
+    for field in section:
+        model = model[field]
+    names = frozenset(stored.tensors)
+    try:
+        declared = family.declared_depths(model)
+        dims = family.dims(model, declared)
+        layout = family.fit(located.layout, dims, names)
+        physical = family.stored_depths(layout, dims, names)
+        steps, repeated, notes = _depths(declared, physical, stored)
+        if physical != declared:
+            dims = with_depths(dims, physical)
+            layout = family.fit(located.layout, dims, names)
+    except ConfigError as error:
+        raise ConvertError("MTP020", Problem(str(error), "config.json")) from error
+    copies, unmapped = _agree(layout, stored, allow_unmapped)
+    if unmapped:
+        notes += (f"{len(unmapped)} stored tensors are not part of {family.name} and stay behind",)
+    return Checkpoint(
+        located,
+        stored,
+        config,
+        section,
+        family,
+        dims,
+        layout,
+        steps,
+        repeated,
+        copies,
+        unmapped,
+        _provenance(located),
+        notes + stored.warnings,
+    )
+
+
+def read_config(path: Path, located: Located) -> dict[str, Any]:
+    """config.json as a dict.
+
+    Raises:
+        ConvertError: MTP020.
+    """
+    hint = "give it with --hf-config" if located.layout == "megatron" else "copy config.json into the folder"
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ConvertError("MTP020", Problem("no config.json", str(path)), hint=hint)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ConvertError("MTP020", Problem(f"not JSON: {error}", str(path)), hint=hint) from error
+    if not isinstance(config, dict):
+        raise ConvertError("MTP020", Problem("not a JSON object", str(path)), hint=hint)
+    return config
+
+
+def _provenance(located: Located) -> dict[str, Any]:
+    for folder in (located.given, located.side.parent):
+        path = folder / PROVENANCE
+        if path.is_file():
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                return {}
+            return data if isinstance(data, dict) else {}
+    return {}
+
+
+def _depths(declared: int, physical: int, stored: Stored) -> tuple[int, bool, tuple[str, ...]]:
+    """Steps that run, whether one depth is repeated, and what to tell the user.
+
+    A config that declares several depths over one stored depth describes a repeated layer (Megatron-Bridge exported
+    such folders). Megatron's own arguments say it outright.
+    """
+    args = stored.arguments.get("args")
+    trained = args.get("mtp_num_layers") if isinstance(args, dict) else None
+    if isinstance(args, dict) and args.get("mtp_use_repeated_layer") and physical == 1 and trained:
+        return int(trained), int(trained) > 1, ()
+    if declared == physical:
+        return physical, False, ()
+    if declared > 1 and physical == 1:
+        note = f"the config declares {declared} MTP depths over one stored depth: treated as a repeated layer"
+        return declared, True, (note,)
+    raise ConvertError(
+        "MTP025",
+        Problem(
+            "num_nextn_predict_layers",
+            "config.json",
+            str(declared),
+            f"{physical}, the stored MTP depths",
+        ),
+        hint=f"set num_nextn_predict_layers to {physical} if the weights are complete"
+        + ("; else fetch the missing MTP tensors" if declared > physical else ""),
+    )
+
+
+def _agree(layout: Layout, stored: Stored, allow_unmapped: bool) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Every disagreement of the layout with what is stored, by kind. Returns stored copies and unmapped tensors."""
+    missing = [n for n in layout.bindings if n not in stored.tensors]
+    copies = frozenset(layout.copies.keys() & stored.tensors.keys())
+    unexpected = sorted(stored.tensors.keys() - layout.bindings.keys() - copies)
+    if missing:
+        raise ConvertError("MTP022", _missing(missing, unexpected), hint=_missing_hint(unexpected))
+    if unexpected and not allow_unmapped:
+        files = [stored.tensors[n].chunks[0].path.name for n in unexpected]
+        raise ConvertError(
+            "MTP023",
+            [Problem(f"{n} has no place in this model", w) for n, w in zip(unexpected, files, strict=True)],
+            hint="correct the config, or leave them behind with --allow-unmapped",
+        )
+    wrong = []
+    for binding in (*layout.bindings.values(), *map(layout.copy_binding, copies)):
+        tensor = stored.tensors[binding.tensor]
+        if not _fits(tensor, binding):
+            where = tensor.chunks[0].path.name
+            wrong.append(Problem(binding.tensor, where, str(list(tensor.shape)), str(list(binding.shape))))
+    if wrong:
+        raise ConvertError("MTP024", wrong, hint="config.json describes another model than the one stored")
+    return copies, tuple(unexpected)
+
+
+def _missing(missing: list[str], unexpected: list[str]) -> list[Problem]:
+    """The missing names; with a few of them it is worth looking for near misses among the unexpected ones."""
+    near = missing[:MOST_LISTED] if unexpected else []
+    found = {n: get_close_matches(n, unexpected, 1, 0.8) for n in near}
+    return [Problem(f"{n} is not stored", got=found[n][0] if found.get(n) else "") for n in missing]
+
+
+def _missing_hint(unexpected: list[str]) -> str:
+    more = f"; {len(unexpected)} stored tensors are unknown, e.g. {unexpected[0]}" if unexpected else ""
+    return f"the checkpoint is incomplete or config.json describes another model{more}"
+
+
+def _fits(tensor: StoredTensor, binding: Binding) -> bool:
+    """Equal shapes; Megatron pads the vocabulary rows."""
+    if tensor.shape == binding.shape:
+        return True
+    return binding.vocab and tensor.shape[1:] == binding.shape[1:] and tensor.shape[0] > binding.shape[0]

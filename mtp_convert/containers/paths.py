@@ -1,0 +1,50 @@
+"""Opening what a checkpoint names: regular files below its own folder, nothing else."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from mtp_convert.errors import ConvertError, Problem
+
+
+def member_path(folder: Path, name: object, where: str) -> Path:
+    """The file `name` that a checkpoint file `where` refers to, directly or below `folder`.
+
+    A symbolic link may lead into the `blobs` folder of a Hub cache (two levels up), nowhere else outside.
+
+    Raises:
+        ConvertError: MTP015.
+    """
+    text = name if isinstance(name, str) else repr(name)
+    parts = Path(text).parts
+    bad = not isinstance(name, str) or not parts or "\0" in text or ".." in parts or Path(text).is_absolute()
+    if not bad:
+        path = folder / text
+        bases = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
+        try:
+            real = path.resolve(strict=False)
+        except (OSError, RuntimeError):  # a loop of links
+            real = Path("/")
+        if any(real.is_relative_to(b) for b in bases):
+            return path
+    raise ConvertError(
+        "MTP015",
+        Problem(f"refers to {text!r}", where, expected="a file name inside the folder"),
+        hint="do not use this checkpoint: an honest tool does not write such names",
+    )
+
+
+def open_regular(path: Path) -> int:
+    """A read-only descriptor of a regular file (a FIFO or device in its place would block or mislead)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ConvertError("MTP002", Problem("no such file", str(path))) from error
+    except OSError as error:
+        raise ConvertError("MTP042", Problem(error.strerror or str(error), str(path))) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConvertError("MTP002", Problem("not a regular file", str(path)))
+    return fd

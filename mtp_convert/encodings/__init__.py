@@ -1,0 +1,1 @@
+"""Stored forms of values: element types and casts."""

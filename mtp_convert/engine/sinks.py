@@ -1,0 +1,197 @@
+"""Lays a plan out as files of a container: safetensors shards or a torch_dist folder. No byte is moved here."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from mtp_convert.containers import safetensors, torch_dist_write
+from mtp_convert.containers.base import Shape, StoredTensor
+from mtp_convert.containers.torch_dist_write import Entry
+from mtp_convert.encodings.dtype import DType
+from mtp_convert.engine.files import Extent, Literal, OutFile, TensorExtent
+from mtp_convert.mapping.plan import Step
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """A target tensor with its element type."""
+
+    step: Step
+    dtype: DType
+
+    @property
+    def name(self) -> str:
+        """Name in the target layout."""
+        return self.step.tensor
+
+    @property
+    def shape(self) -> Shape:
+        """Shape as written."""
+        return self.step.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def extent(self, tensors: Mapping[str, StoredTensor], offset: Shape, sizes: Shape) -> TensorExtent:
+        """The chunk at `offset` of `sizes`."""
+        return TensorExtent(self.step, tensors, self.dtype, offset, sizes)
+
+    def whole(self, tensors: Mapping[str, StoredTensor]) -> TensorExtent:
+        """The tensor as one chunk."""
+        return self.extent(tensors, (0,) * len(self.shape), self.shape)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Files with payload, and what is written after them in this order (indices last)."""
+
+    files: tuple[OutFile, ...]
+    small: Mapping[str, Callable[[], bytes]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload files."""
+        return sum(f.size for f in self.files)
+
+
+def safetensors_output(
+    tensors: Sequence[OutTensor],
+    source: Mapping[str, StoredTensor],
+    *,
+    max_shard_size: int,
+    headers: Mapping[str, bytes] | None = None,
+) -> Output:
+    """Shards of at most `max_shard_size` bytes, or exactly the shards that `headers` describe if they fit."""
+    if headers and (restored := _restored(tensors, source, headers)) is not None:
+        files, where = restored
+    else:
+        files, where = _sharded(tensors, source, max_shard_size)
+    if len(files) == 1 and files[0].path == safetensors.SINGLE:
+        return Output(files, {})
+    total = sum(t.nbytes for t in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    text = (json.dumps(index, indent=2) + "\n").encode()
+    return Output(files, {safetensors.INDEX: lambda: text})
+
+
+Shards = tuple[tuple[OutFile, ...], dict[str, str]]
+
+
+def _sharded(tensors: Sequence[OutTensor], source: Mapping[str, StoredTensor], limit: int) -> Shards:
+    shards: list[list[OutTensor]] = [[]]
+    size = 0
+    for t in tensors:
+        if shards[-1] and size + t.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(t)
+        size += t.nbytes
+    count = len(shards)
+    files, where = [], {}
+    for i, members in enumerate(shards, 1):
+        path = safetensors.SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
+        described = [(t.name, t.dtype.name, t.shape, t.nbytes) for t in members]
+        header = safetensors.header_bytes(described, {"format": "pt"})
+        files.append(_file(path, header, members, source))
+        where.update({t.name: path for t in members})
+    return tuple(files), where
+
+
+def _file(path: str, header: bytes, members: Sequence[OutTensor], source: Mapping[str, StoredTensor]) -> OutFile:
+    return OutFile(
+        path,
+        [Literal(struct.pack("<Q", len(header)) + header), *(t.whole(source) for t in members)],
+    )
+
+
+def _restored(
+    tensors: Sequence[OutTensor], source: Mapping[str, StoredTensor], headers: Mapping[str, bytes]
+) -> Shards | None:
+    """The original shards, if they hold exactly these names, types and shapes."""
+    by_name = {t.name: t for t in tensors}
+    files, where = [], {}
+    for path, raw in headers.items():
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+        members = sorted(entries, key=lambda n: (entries[n]["data_offsets"], n))
+        for name in members:
+            t = by_name.get(name)
+            if t is None or [t.dtype.name, list(t.shape)] != [
+                entries[name]["dtype"],
+                entries[name]["shape"],
+            ]:
+                return None
+            where[name] = path
+        files.append(_file(path, raw, [by_name[n] for n in members], source))
+    return (tuple(files), where) if where.keys() == by_name.keys() else None
+
+
+def torch_dist_output(
+    tensors: Sequence[OutTensor],
+    source: Mapping[str, StoredTensor],
+    *,
+    folder: str,
+    objects: Sequence[str],
+    max_file_size: int,
+) -> Output:
+    """`.distcp` files below `folder` and their `.metadata`; one chunk per matrix, also inside stacks."""
+    layout = _DistFiles(folder, max_file_size)
+    for t in tensors:
+        for offset, sizes in _chunks(t):
+            frame = torch_dist_write.frame(t.dtype, sizes)
+            parts: list[Extent] = [
+                Literal(frame.prefix),
+                t.extent(source, offset, sizes),
+                Literal(frame.suffix),
+            ]
+            layout.add(t.name, parts, offset, sizes)
+    if objects:
+        # All modules have the same empty state: one stored item, named by every key.
+        layout.add(objects[0], [Literal(torch_dist_write.extra_state())], None, ())
+        for key in objects[1:]:
+            layout.entries[key] = layout.entries[objects[0]]
+    described = {t.name: (t.dtype, t.shape) for t in tensors}
+
+    def metadata() -> bytes:
+        return torch_dist_write.metadata_bytes(described, layout.entries, objects)
+
+    return Output(tuple(layout.files()), {f"{folder}/.metadata": metadata})
+
+
+def _chunks(tensor: OutTensor) -> Iterator[tuple[Shape, Shape]]:
+    n = tensor.step.binding.stacked
+    inner = tensor.shape[n:]
+    for index in product(*(range(d) for d in tensor.shape[:n])):
+        yield (*index, *(0,) * len(inner)), (*(1,) * n, *inner)
+
+
+class _DistFiles:
+    """Collects items into files of limited size."""
+
+    def __init__(self, folder: str, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.extents: list[list[Extent]] = [[]]
+        self.size = 0
+        self.entries: dict[str, list[Entry]] = {}
+
+    def add(self, name: str, parts: list[Extent], offset: Shape | None, sizes: Shape) -> None:
+        length = sum(p.nbytes for p in parts)
+        if self.extents[-1] and self.size + length > self.limit:
+            self.extents.append([])
+            self.size = 0
+        file = f"__0_{len(self.extents) - 1}.distcp"
+        self.entries.setdefault(name, []).append(Entry(offset, sizes, file, self.size, length))
+        self.extents[-1] += parts
+        self.size += length
+
+    def files(self) -> Iterator[OutFile]:
+        for i, extents in enumerate(self.extents):
+            yield OutFile(f"{self.folder}/__0_{i}.distcp", extents)

@@ -1,0 +1,142 @@
+"""What a checkpoint is, from headers alone; and what a conversion would do, from a plan alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtp_convert.checkpoint import Checkpoint
+from mtp_convert.convert import Job
+from mtp_convert.engine.runner import WINDOW, default_threads
+from mtp_convert.summary import Row, collapse
+
+SCHEMA = 1
+BASE_MEMORY = 260 << 20  # bytes; nearly all of it is `import torch`
+SCRATCH_PER_THREAD = 12 << 20
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Facts about one checkpoint."""
+
+    path: str
+    family: str
+    title: str
+    layout: str
+    container: str
+    spelling: dict[str, str]
+    tensors: int
+    objects: int
+    nbytes: int
+    dtypes: dict[str, int]
+    mtp_stored_depths: int
+    mtp_steps: int
+    mtp_repeated_layer: bool
+    mtp_tensors: int
+    tied_embeddings: bool
+    copies: list[str]
+    left_behind: list[str]
+    files: list[str]
+    notes: list[str]
+    rows: list[Row] = field(default_factory=list, repr=False)
+    mtp_rows: list[Row] = field(default_factory=list, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented JSON object (schema_version 1)."""
+        return {"schema_version": SCHEMA, **asdict(self)}
+
+
+def inspect_checkpoint(c: Checkpoint) -> Inspection:
+    """Summarise an opened checkpoint."""
+    mtp = [n for n, b in c.layout.bindings.items() if b.parts[0].param.startswith("mtp.")]
+    main = [n for n in (*c.layout.bindings, *sorted(c.copies)) if n not in set(mtp)]
+    return Inspection(
+        path=str(c.located.given),
+        family=c.family.name,
+        title=c.family.title,
+        layout=c.layout.name,
+        container=c.stored.container,
+        spelling={w: s for w, s in c.layout.words.items() if s != c.family.default_words(c.layout.name)[w]},
+        tensors=len(c.stored.tensors),
+        objects=len(c.stored.objects),
+        nbytes=c.stored.nbytes,
+        dtypes=dict(Counter(t.dtype.name for t in c.stored.tensors.values()).most_common()),
+        mtp_stored_depths=c.dims.depths,
+        mtp_steps=c.steps,
+        mtp_repeated_layer=c.repeated,
+        mtp_tensors=len(mtp),
+        tied_embeddings=c.dims.tied,
+        copies=sorted(c.copies),
+        left_behind=[*c.unmapped, *sorted(c.stored.training)],
+        files=[p.name for p in c.stored.files],
+        notes=list(c.notes),
+        rows=_rows(c, main),
+        mtp_rows=_rows(c, mtp),
+    )
+
+
+def _rows(c: Checkpoint, names: list[str]) -> list[Row]:
+    stored = (c.tensor(n) for n in names)
+    return collapse((t.name, t.nbytes, (t.dtype.name, t.shape)) for t in stored)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a conversion would do."""
+
+    source: str
+    source_layout: str
+    target_layout: str
+    tensors: int
+    nbytes: int
+    files: int
+    mtp_stored_depths: int
+    mtp_steps: int
+    mtp_repeated_layer: bool
+    peak_memory: int
+    free_disk: int
+    notes: list[str]
+    steps: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    rows: list[Row] = field(default_factory=list, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented JSON object (schema_version 1); every tensor, uncollapsed."""
+        data = asdict(self)
+        del data["rows"]
+        return {"schema_version": SCHEMA, **data}
+
+
+def describe(job: Job, target: Path | None) -> Planned:
+    """Summarise a prepared job."""
+    threads = job.options.threads or default_threads()
+    place = next((p for p in (target or Path.cwd()).absolute().parents if p.exists()), Path("/"))
+    tensors = job.source.stored.tensors
+    steps = [
+        {"tensor": s.tensor, "shape": list(s.shape), "op": s.op, "sources": list(s.sources)} for s in job.plan.steps
+    ]
+    sizes = {s.tensor: sum(tensors[n].nbytes for n in s.sources) for s in job.plan.steps}
+    return Planned(
+        source=str(job.source.located.given),
+        source_layout=job.source.layout.name,
+        target_layout=job.options.to,
+        tensors=len(job.plan.steps),
+        nbytes=job.nbytes,
+        files=len(job.output.files),
+        mtp_stored_depths=job.physical,
+        mtp_steps=job.steps,
+        mtp_repeated_layer=job.repeated,
+        peak_memory=BASE_MEMORY + threads * (WINDOW + SCRATCH_PER_THREAD),
+        free_disk=shutil.disk_usage(place).free,
+        notes=list(job.notes),
+        steps=steps,
+        rows=collapse((s.tensor, sizes[s.tensor], (s.op, _origin(s.sources))) for s in job.plan.steps),
+    )
+
+
+def _origin(sources: tuple[str, ...]) -> str:
+    """Where a tensor comes from, numbers left out so that equal rows of different layers meet."""
+    names = collapse((n, 0, ()) for n in sources)
+    return ", ".join(".".join("#" if w.isdecimal() else w for w in r.name.split(".")) for r in names)

@@ -1,0 +1,215 @@
+"""A layout over one config: the complete list of tensors with shapes and the params inside them, checked as a whole.
+
+Building a layout proves an exact cover: every param lies in exactly one tensor, every tensor is tiled by its params
+without hole or overlap, and no name is used twice. A table that cannot be right is refused before a file is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from mtp_convert.mapping.rules import (
+    Block,
+    Copy,
+    Domains,
+    Extra,
+    Param,
+    Placed,
+    Rule,
+    Words,
+    assignments,
+    expand,
+)
+from mtp_convert.mapping.views import Shape, View
+
+
+class LayoutError(Exception):
+    """A table that is wrong in itself: a mistake of an adapter, never of a user's file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A param and where it lies in the tensor of the binding."""
+
+    param: str
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """One layout tensor, all indices filled in. The first `stacked` dimensions are stacking indices."""
+
+    tensor: str
+    shape: Shape
+    parts: tuple[Part, ...]
+    stacked: int = 0
+    vocab: bool = False
+    high_precision: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All tensors of one layout, by name, and by param."""
+
+    name: str
+    words: Words
+    params: Mapping[str, Param]
+    bindings: Mapping[str, Binding]
+    objects: tuple[str, ...]
+    copies: Mapping[str, str]  # tensor -> param
+    home: Mapping[str, tuple[Binding, View]] = field(repr=False)  # param -> where it lies
+
+    def copy_binding(self, tensor: str) -> Binding:
+        """The binding that a copy would have if it were the param's own tensor."""
+        own, _ = self.home[self.copies[tensor]]
+        return Binding(tensor, own.shape, own.parts, own.stacked, own.vocab, own.high_precision)
+
+
+def build(name: str, placed: Iterable[Placed], words: Words) -> Layout:
+    """Expand the rows of layout `name` at every place.
+
+    Raises:
+        LayoutError: the table does not cover the params exactly once, or uses a name twice.
+    """
+    placed = tuple(placed)
+    params = params_of(placed)
+    bindings: dict[str, Binding] = {}
+    objects: list[str] = []
+    copies: dict[str, str] = {}
+    if words.get("decoder") == "stacked":
+        placed = tuple(_stacked(name, placed))
+    for place in placed:
+        prefix = place.prefixes[name]
+        domains = {
+            **place.block.domains,
+            **{n: (v,) for n, v in place.at.items()},
+            **_layers(place),
+        }
+        for row in place.block.rows[name]:
+            if isinstance(row, Rule):
+                for b in _bind(row, prefix, place, domains, words, params):
+                    if b.tensor in bindings:
+                        raise LayoutError(f"{name}: tensor {b.tensor!r} is written by two rules")
+                    bindings[b.tensor] = b
+            elif isinstance(row, Copy):
+                copies[(prefix + row.tensor).format_map({**words, **place.at})] = (
+                    place.param.format_map(dict(place.at)) + row.param
+                )
+            else:
+                objects += _objects(row, prefix, domains, words)
+    home = _home(name, bindings, params)
+    return Layout(name, dict(words), params, bindings, tuple(objects), copies, home)
+
+
+def params_of(placed: Iterable[Placed]) -> dict[str, Param]:
+    """Every param of every place, by full name."""
+    params: dict[str, Param] = {}
+    for place in placed:
+        base = place.param.format_map(dict(place.at))
+        for param in place.block.params:
+            for at in expand(param.name, place.block.domains):
+                full = base + param.name.format_map(at)
+                if full in params:
+                    raise LayoutError(f"param {full!r} is declared twice")
+                params[full] = Param(full, param.shape, param.high_precision, param.vocab)
+    return params
+
+
+def _bind(
+    row: Rule,
+    prefix: str,
+    place: Placed,
+    domains: Domains,
+    words: Words,
+    params: Mapping[str, Param],
+) -> Iterator[Binding]:
+    """One binding per assignment of the indices in the tensor's name."""
+    template = prefix + row.tensor
+    names = [place.param + p for p in row.params]
+    for at in expand(template, domains):
+        parts: list[Part] = []
+        counts = tuple(len(domains[n]) for n in row.over)
+        shape: Shape = ()
+        for position, stacked_at in assignments(row.over, domains):
+            full = [n.format_map({**place.at, **at, **stacked_at}) for n in names]
+            try:
+                shapes = [params[f].shape for f in full]
+                shape, views = row.op.place(shapes)
+            except (KeyError, ValueError) as error:
+                raise LayoutError(f"{template}: {error}") from error
+            for index in reversed(position):
+                views = tuple(v.under(index) for v in views)
+            parts += [Part(f, v) for f, v in zip(full, views, strict=True)]
+        first = [params[p.param] for p in parts]
+        yield Binding(
+            template.format_map({**words, **place.at, **at}),
+            counts + shape,
+            tuple(parts),
+            len(counts),
+            vocab=any(p.vocab for p in first),
+            high_precision=all(p.high_precision for p in first),
+        )
+
+
+def _objects(row: Extra, prefix: str, domains: Domains, words: Words) -> Iterator[str]:
+    """Object keys end in `/shard_<indices>_<counts>`, both joined by dots; a plain object is `shard_0_1`."""
+    template = prefix + row.key
+    counts = [len(domains[n]) for n in row.over] or [1]
+    for at in expand(template, domains):
+        key = template.format_map({**words, **at})
+        for position, _ in assignments(row.over, domains):
+            index = ".".join(map(str, position or (0,)))
+            yield f"{key}/shard_{index}_{'.'.join(map(str, counts))}"
+
+
+def _layers(place: Placed) -> Domains:
+    """A stacked place brings the values of its stacking index along (see `_stacked`)."""
+    return {place.stack: range(place.at["count"])} if "count" in place.at else {}
+
+
+def _stacked(layout: str, placed: tuple[Placed, ...]) -> Iterator[Placed]:
+    """Merge the places that share a stacking index into one whose rules stack over it."""
+    groups: dict[str, list[Placed]] = {}
+    for place in placed:
+        if place.stack:
+            groups.setdefault(place.stack, []).append(place)
+        else:
+            yield place
+    for index, members in groups.items():
+        first = members[0]
+        if any(m.block != first.block for m in members):
+            raise LayoutError(f"{layout}: layers of different kinds cannot be stacked")
+        rows: list[Rule | Extra | Copy] = []
+        for row in first.block.rows[layout]:
+            if isinstance(row, Rule):
+                rows.append(Rule(row.tensor, row.params, row.op, (index, *row.over)))
+            elif isinstance(row, Extra):
+                rows.append(Extra(row.key, (index, *row.over)))
+        prefix = first.prefixes[layout].replace(f"{{{index}}}.", "")
+        block = Block(first.block.params, {layout: tuple(rows)}, first.block.domains)
+        yield Placed(block, first.param, {layout: prefix}, {"count": len(members)}, index)
+
+
+def _home(name: str, bindings: Mapping[str, Binding], params: Mapping[str, Param]) -> dict[str, tuple[Binding, View]]:
+    """Where each param lies; the exact-cover check."""
+    home: dict[str, tuple[Binding, View]] = {}
+    for b in bindings.values():
+        for part in b.parts:
+            if part.param in home:
+                other = home[part.param][0].tensor
+                raise LayoutError(f"{name}: param {part.param!r} is in {other!r} and in {b.tensor!r}")
+            home[part.param] = (b, part.view)
+        filled = sum(prod(params[p.param].shape) for p in b.parts)
+        if filled != prod(b.shape) or not _disjoint(b):
+            raise LayoutError(f"{name}: the params of {b.tensor!r} do not tile its shape {b.shape}")
+    missing = sorted(params.keys() - home.keys())
+    if missing:
+        raise LayoutError(f"{name}: no tensor holds {', '.join(missing[:5])} ({len(missing)} in all)")
+    return home
+
+
+def _disjoint(binding: Binding) -> bool:
+    """Whether no two parts start at the same element (with equal volumes this rules out an overlap of ops)."""
+    return len({p.view.start for p in binding.parts}) == len(binding.parts)

@@ -1,0 +1,105 @@
+"""Rows of the tables: params, rules, extra objects, and the blocks that bundle them.
+
+Templates hold words of a layout variant (`{trunk}`) and indices (`{i}` layer, `{e}` expert, `{k}` MTP depth). Expanding
+a template needs every index's values, which come from the config; nothing is ever matched against a stored name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from string import Formatter
+
+from mtp_convert.mapping.ops import Op, Same
+from mtp_convert.mapping.views import Shape
+
+Domains = Mapping[str, Sequence[int]]
+Words = Mapping[str, str]
+SAME = Same()
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One logical parameter in its finest form, e.g. `layers.{i}.q` of shape [heads * head_dim, hidden].
+
+    high_precision: stays in its stored dtype when everything else is cast (router bias, A_log, ...).
+    vocab: dimension 0 counts tokens, so a stored tensor may have padding rows after the true ones.
+    """
+
+    name: str
+    shape: Shape
+    high_precision: bool = False
+    vocab: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One layout tensor <- its params through one op; `over` names indices stacked in front, outermost first."""
+
+    tensor: str
+    params: tuple[str, ...]
+    op: Op = SAME
+    over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A non-tensor object that a layout stores beside a module, one per value of the indices in `over`."""
+
+    key: str
+    over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor that must hold the same numbers as a param when it is stored at all."""
+
+    tensor: str
+    param: str
+
+
+Row = Rule | Extra | Copy
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The same numbers in every layout: params with shapes, and the rows that name them, relative to a prefix."""
+
+    params: tuple[Param, ...]
+    rows: Mapping[str, tuple[Row, ...]]
+    domains: Domains = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A block at one place: prefix of its params, prefix per layout, and the indices fixed here."""
+
+    block: Block
+    param: str
+    prefixes: Mapping[str, str]
+    at: Mapping[str, int] = field(default_factory=dict)
+    stack: str = ""  # the index over which a homogeneous model may store these places stacked
+
+
+def rule(tensor: str, *params: str, op: Op | None = None, over: tuple[str, ...] = ()) -> Rule:
+    """Short form of `Rule` for tables."""
+    return Rule(tensor, params, op or SAME, over)
+
+
+def fields_of(template: str) -> list[str]:
+    """The names in braces of a template, in order."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
+def expand(template: str, domains: Domains) -> Iterator[dict[str, int]]:
+    """Every assignment of the indices that occur in `template`."""
+    names = [n for n in dict.fromkeys(fields_of(template)) if n in domains]
+    for values in product(*(domains[n] for n in names)):
+        yield dict(zip(names, values, strict=True))
+
+
+def assignments(names: Sequence[str], domains: Domains) -> Iterator[tuple[tuple[int, ...], dict[str, int]]]:
+    """Every assignment of `names`, with its position in each domain."""
+    for position in product(*(range(len(domains[n])) for n in names)):
+        yield position, {n: domains[n][p] for n, p in zip(names, position, strict=True)}

@@ -1,0 +1,176 @@
+"""Turns results into text. Data goes to stdout, everything else to stderr; colour only for terminals that want it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from mtp_convert.convert import Result
+from mtp_convert.difference import CheckpointDifference
+from mtp_convert.inspection import Inspection, Planned
+from mtp_convert.roundtrip import RoundTrip
+from mtp_convert.summary import Row, printable, size_text
+
+MOST_ROWS = 60
+_CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+
+def paint(text: str, style: str, *, stream: Any = None) -> str:  # noqa: ANN401 - any text stream
+    """`text` in a style, if the stream is a terminal and NO_COLOR is not set."""
+    stream = stream or sys.stdout
+    wanted = os.environ.get("FORCE_COLOR") or (
+        stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
+    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if wanted else text
+
+
+def show_json(data: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> None:
+    """Aligned `name  value` lines."""
+    for name, value in pairs:
+        print(f"{paint(f'{name:<13}', 'dim')} {printable(value)}")
+
+
+def depth_text(stored: int, steps: int, repeated: bool) -> str:
+    """`1 stored depth, run 2 times (repeated layer)`."""
+    if not stored:
+        return "none"
+    text = f"{stored} stored depth{'s' if stored > 1 else ''}"
+    return f"{text}, run {steps} times (repeated layer)" if repeated else text
+
+
+def show_inspection(i: Inspection) -> None:
+    """Like a good `git status`: what it is, then the tree."""
+    print(paint(printable(i.path), "bold"))
+    spelling = f" ({', '.join(f'{w}={s!r}' for w, s in i.spelling.items())})" if i.spelling else ""
+    facts(
+        [
+            ("family", f"{i.family}: {i.title}"),
+            (
+                "layout",
+                f"{i.layout}{spelling} in {i.container}, {len(i.files)} file{'s'[: len(i.files) != 1]}",
+            ),
+            ("size", f"{size_text(i.nbytes)} in {i.tensors} tensors"),
+            ("types", ", ".join(f"{n} x {d}" for d, n in i.dtypes.items())),
+            ("MTP", depth_text(i.mtp_stored_depths, i.mtp_steps, i.mtp_repeated_layer)),
+            ("embeddings", "tied" if i.tied_embeddings else "not tied"),
+        ]
+    )
+    if i.copies:
+        facts([("copies", ", ".join(i.copies))])
+    if i.left_behind:
+        facts([("not weights", f"{len(i.left_behind)} entries stay behind, e.g. {i.left_behind[0]}")])
+    print()
+    _tree(i.rows, "cyan" if False else None)
+    if i.mtp_rows:
+        print(paint("MTP heads", "cyan"))
+        _tree(i.mtp_rows, "cyan")
+    _notes(i.notes)
+
+
+def _tree(rows: list[Row], style: str | None) -> None:
+    width = shutil.get_terminal_size((100, 24)).columns
+    for row in rows:
+        dtype, shape = row.key[0], row.key[1]
+        right = f"{dtype} {list(shape) if isinstance(shape, tuple) else shape}  {size_text(row.nbytes):>9}"
+        count = f" x{row.count}" if row.count > 1 else ""
+        name = fit(printable(row.name) + count, max(20, width - len(right) - 4))
+        line = f"  {name}{' ' * max(1, width - len(name) - len(right) - 3)}"
+        print((paint(line, style) if style else line) + paint(right, "dim"))
+
+
+def fit(text: str, width: int) -> str:
+    """`text` in at most `width` columns; the middle gives way."""
+    if len(text) <= width:
+        return text
+    keep = width - 1
+    return text[: keep // 2] + "…" + text[len(text) - (keep - keep // 2) :]
+
+
+def show_plan(p: Planned) -> None:
+    """Every kind of step once, with its count."""
+    print(paint(f"{printable(p.source)}: {p.source_layout} -> {p.target_layout}", "bold"))
+    facts(
+        [
+            ("writes", f"{size_text(p.nbytes)} in {p.files} files, {p.tensors} tensors"),
+            ("MTP", depth_text(p.mtp_stored_depths, p.mtp_steps, p.mtp_repeated_layer)),
+            ("peak memory", f"about {size_text(p.peak_memory)}"),
+            ("free disk", size_text(p.free_disk)),
+        ]
+    )
+    print()
+    width = shutil.get_terminal_size((100, 24)).columns
+    for row in p.rows[: MOST_ROWS * 4]:
+        op, origin = str(row.key[0]), str(row.key[1])
+        count = f" x{row.count}" if row.count > 1 else ""
+        print(f"  {fit(printable(row.name) + count, width - 4)}")
+        print(
+            "      " + paint(fit(f"<- {op}: {printable(origin)}", width - 16), "dim") + f"  {size_text(row.nbytes):>8}"
+        )
+    _notes(p.notes)
+
+
+def show_result(r: Result, following: str) -> None:
+    """The end of a conversion and what to do next."""
+    rate = r.nbytes / max(r.seconds, 1e-9)
+    print(paint(f"wrote {printable(str(r.target))}", "green"))
+    facts(
+        [
+            ("layout", r.layout),
+            (
+                "size",
+                f"{size_text(r.nbytes)} in {r.tensors} tensors, {len(r.files)} file{'s'[: len(r.files) != 1]}",
+            ),
+            ("MTP", depth_text(r.physical, r.steps, r.repeated)),
+            ("time", f"{r.seconds:.1f} s, {size_text(rate)}/s"),
+        ]
+    )
+    _notes(list(r.notes))
+    print(f"{paint('next', 'dim')}          {following}")
+
+
+def show_roundtrip(r: RoundTrip) -> None:
+    """Verdict first."""
+    verdict = paint("identical", "green") if r.ok else paint("NOT identical", "red")
+    print(f"{printable(r.path)} via {r.via} and back: {verdict}")
+    facts([("compared", f"{r.tensors} tensors, {size_text(r.nbytes)}, every byte")])
+    if r.same_files:
+        facts([("files", "the same shard headers, so the same files byte for byte")])
+    for title, names in (
+        ("missing", r.missing),
+        ("unexpected", r.unexpected),
+        ("differing", r.differing),
+    ):
+        for n in names[:MOST_ROWS]:
+            print(f"  {paint(title, 'red')} {printable(n)}")
+    if not r.same_config:
+        print(f"  {paint('config', 'red')} the config.json that came back says something else")
+
+
+def show_difference(d: CheckpointDifference) -> None:
+    """Verdict first, then the worst params."""
+    verdict = paint("equal", "green") if d.equal else paint("different", "red")
+    print(f"{printable(d.a)} and {printable(d.b)}: {verdict} ({d.params} params compared)")
+    for side, names in ((d.a, d.only_a), (d.b, d.only_b)):
+        for n in names[:MOST_ROWS]:
+            print(f"  only in {printable(side)}: {n}")
+    for row in sorted(d.differing, key=lambda r: -r.max_abs)[:MOST_ROWS]:
+        print(f"  {paint(row.param, 'red')}: {row.text}")
+        print(paint(f"      norms {row.norms[0]:.6g} and {row.norms[1]:.6g}; {row.a} | {row.b}", "dim"))
+    if len(d.differing) > MOST_ROWS:
+        print(f"  ... and {len(d.differing) - MOST_ROWS} more")
+    if d.dtypes:
+        print(f"  {len(d.dtypes)} params have two types, e.g. {d.dtypes[0]}")
+
+
+def _notes(notes: list[str]) -> None:
+    for note in notes:
+        print(f"{paint('note', 'yellow')}          {printable(note)}")

@@ -1,0 +1,94 @@
+"""There and back: a checkpoint is converted, converted back, and every byte compared with the source."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mtp_convert.checkpoint import Checkpoint, open_checkpoint
+from mtp_convert.convert import prepare, run
+from mtp_convert.engine.compare import StoredExtent, compare
+from mtp_convert.engine.gather import Reader
+from mtp_convert.engine.runner import Progress
+from mtp_convert.options import Options
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """What came back. `differing`: one line per tensor that is not bit-identical."""
+
+    path: str
+    via: str
+    tensors: int
+    nbytes: int
+    missing: list[str]
+    unexpected: list[str]
+    differing: list[str]
+    same_config: bool
+    same_files: bool
+
+    @property
+    def ok(self) -> bool:
+        """Every tensor came back bit for bit, under its name, in its type."""
+        return not (self.missing or self.unexpected or self.differing) and self.same_config
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented JSON object."""
+        return {"schema_version": 1, "ok": self.ok, **self.__dict__}
+
+
+def roundtrip(
+    source: Checkpoint,
+    options: Options,
+    *,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> RoundTrip:
+    """Convert to `options.to` and back in a temporary folder and compare; nothing is kept."""
+    home = source.layout.name
+    with tempfile.TemporaryDirectory(prefix="mtp-convert-", dir=scratch) as folder:
+        there, back = Path(folder) / "there", Path(folder) / "back"
+        run(prepare(source, options), there, progress=progress)
+        config = None if (there / "hf").is_dir() or options.to == "hf" else source.located.side
+        middle = open_checkpoint(there, hf_config=config)
+        run(
+            prepare(middle, replace(options, to=home, dtype="auto", steps=None)),
+            back,
+            progress=progress,
+        )
+        returned = open_checkpoint(back)
+        return _compare(source, returned, options.to, progress)
+
+
+def _compare(source: Checkpoint, back: Checkpoint, via: str, progress: Progress | None) -> RoundTrip:
+    before, after = source.stored.tensors, back.stored.tensors
+    left_behind = set(source.unmapped)
+    differing = []
+    reader = Reader()
+    try:
+        for name in before.keys() & after.keys():
+            a, b = before[name], after[name]
+            if (a.dtype, a.shape) != (b.dtype, b.shape):
+                differing.append(f"{name}: {a.dtype} {list(a.shape)} became {b.dtype} {list(b.shape)}")
+            elif (d := compare(StoredExtent(a), StoredExtent(b), reader, progress=progress)) is not None:
+                differing.append(f"{name}: {d.text()}")
+    finally:
+        reader.close()
+    return RoundTrip(
+        str(source.located.given),
+        via,
+        len(before),
+        source.stored.nbytes,
+        sorted(before.keys() - after.keys() - left_behind),
+        sorted(after.keys() - before.keys()),
+        sorted(differing),
+        _meaning(source) == _meaning(back),
+        source.stored.headers == back.stored.headers and bool(source.stored.headers),
+    )
+
+
+def _meaning(c: Checkpoint) -> dict[str, Any]:
+    """The config with the stored number of depths, which a conversion is allowed to correct."""
+    return c.family.with_depths(c.model_config, c.dims.depths)

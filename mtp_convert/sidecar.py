@@ -1,0 +1,91 @@
+"""The files around the weights: what travels with a conversion, and what Megatron wants beside its tensors."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtp_convert.checkpoint import CARRIED, LATEST, PROVENANCE, Checkpoint
+from mtp_convert.containers import safetensors
+from mtp_convert.containers.torch_dist_write import save_bytes
+
+SOURCE_HEADERS = "weights_layout"  # below hf/: headers and index of the source, so that the same files can come back
+LARGEST = 256 << 20  # bytes; nothing beside the weights is larger
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".distcp", ".onnx")
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """Configuration, tokenizer, remote code, licence, ...: every regular file that is no weight, by relative path."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        skip = relative.parts[0] in (".git", ".cache", SOURCE_HEADERS) or relative.name in (
+            PROVENANCE,
+            safetensors.INDEX,
+        )
+        if skip or not path.is_file() or path.name.endswith(WEIGHTS) or path.stat().st_size > LARGEST:
+            continue
+        found[relative.as_posix()] = path
+    return found
+
+
+def config_bytes(checkpoint: Checkpoint, depths: int) -> bytes | None:
+    """config.json that agrees with `depths` stored ones; None when the source's own already does."""
+    family = checkpoint.family
+    if family.declared_depths(checkpoint.model_config) == depths:
+        return None
+    return (json.dumps(with_depths(checkpoint, depths), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def with_depths(checkpoint: Checkpoint, depths: int) -> dict[str, Any]:
+    """The whole config with the section of the language model changed."""
+    section = checkpoint.family.with_depths(checkpoint.model_config, depths)
+    if not checkpoint.section:
+        return section
+    return {**checkpoint.config, checkpoint.section[0]: section}
+
+
+def source_headers(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Raw shard headers and the index of a safetensors source, by path below `hf/`."""
+    files = {f"{SOURCE_HEADERS}/{name}.header": raw for name, raw in checkpoint.stored.headers.items()}
+    index = checkpoint.located.weights / safetensors.INDEX
+    if checkpoint.stored.headers and index.is_file():
+        files[f"{SOURCE_HEADERS}/{safetensors.INDEX}"] = index.read_bytes()
+    return files
+
+
+def carried_headers(side: Path) -> tuple[dict[str, bytes], bytes | None]:
+    """What `source_headers` left in a Megatron folder: headers by shard name, and the index."""
+    folder = side / SOURCE_HEADERS
+    headers = {p.name.removesuffix(".header"): p.read_bytes() for p in sorted(folder.glob("*.header"))}
+    index = folder / safetensors.INDEX
+    return headers, index.read_bytes() if index.is_file() else None
+
+
+def megatron_files(args: Mapping[str, Any], folder: str, version: tuple[int, int]) -> dict[str, bytes]:
+    """common.pt, metadata.json and the tracker file.
+
+    common.pt is read by every release; 0.19 and later prefer it to their own `common_state` object when it exists.
+    """
+    meta: dict[str, object] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    if version < (0, 19):
+        meta |= {"common_backend": "torch", "common_backend_version": 1}
+    common = {
+        "args": Namespace(**args),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {},
+    }
+    return {
+        f"{folder}/common.pt": save_bytes(common),
+        f"{folder}/metadata.json": json.dumps(meta).encode(),
+        LATEST: folder.encode(),
+    }
+
+
+def carried(relative: str) -> str:
+    """Where a Hugging Face side file lies beside a Megatron checkpoint."""
+    return f"{CARRIED}/{relative}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Checkpoint:
 
     located: Located
     stored: Stored
+    config_path: Path
     config: Mapping[str, Any]
     section: tuple[str, ...]
     family: Family
@@ -119,7 +120,10 @@ def open_checkpoint(path: Path, *, hf_config: Path | None = None, allow_unmapped
         ConvertError: exit code 3 for damaged files, 4 when config and tensors disagree.
     """
     located = locate(path)
-    config = read_config(hf_config or located.side / "config.json", located)
+    if hf_config is not None and hf_config.is_dir():
+        located = replace(located, side=hf_config)  # its tokenizer and other files travel along
+    config_path = hf_config if hf_config is not None and hf_config.is_file() else located.side / "config.json"
+    config = read_config(config_path, located)
     family, section = adapters.find(config)
     stored = (safetensors if located.layout == "hf" else torch_dist).read(located.weights)
     model: Mapping[str, Any] = config
@@ -143,6 +147,7 @@ def open_checkpoint(path: Path, *, hf_config: Path | None = None, allow_unmapped
     return Checkpoint(
         located,
         stored,
+        config_path,
         config,
         section,
         family,
@@ -164,7 +169,6 @@ def read_config(path: Path, located: Located) -> dict[str, Any]:
         ConvertError: MTP020.
     """
     hint = "give it with --hf-config" if located.layout == "megatron" else "copy config.json into the folder"
-    path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ConvertError("MTP020", Problem("no config.json", str(path)), hint=hint)
     try:

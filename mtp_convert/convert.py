@@ -13,7 +13,6 @@ import xxhash
 
 from mtp_convert import __version__, sidecar
 from mtp_convert.checkpoint import PROVENANCE, Checkpoint
-from mtp_convert.containers.base import StoredTensor
 from mtp_convert.depths import folding
 from mtp_convert.encodings.dtype import CAST_TARGETS, FLOATS, DType
 from mtp_convert.engine.compare import StoredExtent, compare
@@ -24,7 +23,7 @@ from mtp_convert.engine.stage import staged
 from mtp_convert.errors import ConvertError, Problem
 from mtp_convert.mapping.family import with_depths
 from mtp_convert.mapping.layout import Layout
-from mtp_convert.mapping.plan import Plan, Step, make_plan
+from mtp_convert.mapping.plan import Plan, make_plan
 from mtp_convert.options import Options
 
 RELEASE = "release"  # the iteration folder of a converted checkpoint: no optimizer, iteration 0
@@ -79,10 +78,10 @@ def prepare(source: Checkpoint, options: Options) -> Job:
     check_copies(source)
     physical = source.dims.depths if options.depths is None else options.depths
     steps, repeated = _steps(source, options, physical)
-    _supported(source, options, physical, repeated)
+    _supported(source, options, physical)
     dims = with_depths(source.dims, physical)
     alias, notes = folding(source, physical, options.force_fold)
-    target = family.layout(options.to, dims, {**_words(source, options), **options.words})
+    target = family.layout(options.to, dims, {**_words(source, options.to), **options.words})
     plan = make_plan(
         source.layout,
         target,
@@ -191,7 +190,7 @@ def _steps(source: Checkpoint, options: Options, physical: int) -> tuple[int, bo
     return options.steps, options.steps > physical
 
 
-def _supported(source: Checkpoint, options: Options, physical: int, repeated: bool) -> None:
+def _supported(source: Checkpoint, options: Options, physical: int) -> None:
     """Refuse a Megatron release that cannot hold the model."""
     since = source.family.megatron_since
     if options.to == "megatron" and physical and options.version < since:
@@ -205,23 +204,28 @@ def _supported(source: Checkpoint, options: Options, physical: int, repeated: bo
         )
 
 
-def _words(source: Checkpoint, options: Options) -> Mapping[str, str]:
-    """The spelling of the target: what the checkpoint came from, if it came from there; else the released one."""
-    if source.located.layout == options.to:
+def _remembered(source: Checkpoint, layout: str) -> Mapping[str, Any]:
+    """What an earlier conversion noted about the form that the weights had in `layout` (nothing if they never had)."""
+    layouts = source.provenance.get("layouts")
+    found = layouts.get(layout) if isinstance(layouts, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _words(source: Checkpoint, layout: str) -> Mapping[str, str]:
+    """The spelling of the target: the source's, or the one the weights had before; else the released one."""
+    if source.located.layout == layout:
         return source.layout.words
-    before = source.provenance.get("source", {})
-    if isinstance(before, dict) and before.get("layout") == options.to and isinstance(before.get("words"), dict):
-        return dict(before["words"])
-    return {}
+    words = _remembered(source, layout).get("words")
+    known = source.family.choices[layout]
+    return {w: s for w, s in words.items() if s in known.get(w, ())} if isinstance(words, dict) else {}
 
 
 def _copies(source: Checkpoint, target: Layout) -> frozenset[str]:
-    """Copies are written iff the source layout stored them (directly, or before an earlier conversion)."""
+    """Copies are written iff the weights had them in this layout."""
     if source.located.layout == target.name:
         return source.copies & target.copies.keys()
-    before = source.provenance.get("source", {})
-    names = before.get("copies", []) if isinstance(before, dict) and before.get("layout") == target.name else []
-    return frozenset(n for n in names if n in target.copies)
+    copies = _remembered(source, target.name).get("copies")
+    return frozenset(c for c in copies if c in target.copies) if isinstance(copies, list) else frozenset()
 
 
 def _padding(target: Layout, options: Options) -> dict[str, int]:
@@ -279,10 +283,7 @@ def _megatron_small(
     small: dict[str, Callable[[], bytes] | Path] = {}
     for relative, path in sidecar.side_files(source.located.side).items():
         small[sidecar.carried(relative)] = path
-    config = sidecar.config_bytes(source, physical)
-    if config is not None or sidecar.carried("config.json") not in small:
-        text = config or (json.dumps(dict(source.config), indent=2) + "\n").encode()
-        small[sidecar.carried("config.json")] = lambda: text
+    small[sidecar.carried("config.json")] = sidecar.config_file(source, physical)
     for relative, raw in sidecar.source_headers(source).items():
         small[sidecar.carried(relative)] = lambda raw=raw: raw  # type: ignore[misc]
     for relative, raw in sidecar.megatron_files(args, RELEASE, options.version).items():
@@ -297,10 +298,7 @@ def sidecar_model(source: Checkpoint, depths: int) -> Mapping[str, Any]:
 
 def _hf_small(source: Checkpoint, physical: int) -> dict[str, Callable[[], bytes] | Path]:
     small: dict[str, Callable[[], bytes] | Path] = dict(sidecar.side_files(source.located.side))
-    config = sidecar.config_bytes(source, physical)
-    if config is not None or "config.json" not in small:
-        text = config or (json.dumps(dict(source.config), indent=2) + "\n").encode()
-        small["config.json"] = lambda: text
+    small["config.json"] = sidecar.config_file(source, physical)
     return small
 
 
@@ -324,12 +322,11 @@ def provenance(job: Job, files: tuple[Written, ...]) -> str:
             "name": source.located.given.name,
             "layout": source.layout.name,
             "container": source.stored.container,
-            "words": dict(source.layout.words),
-            "copies": sorted(source.copies),
             "dtypes": sorted({t.dtype.name for t in source.stored.tensors.values()}),
             "tensors": len(source.stored.tensors),
             "left_behind": [*source.unmapped, *sorted(source.stored.training)],
         },
+        "layouts": _layouts(source),
         "target": {
             "layout": job.options.to,
             "words": dict(job.plan.target.words),
@@ -345,6 +342,13 @@ def provenance(job: Job, files: tuple[Written, ...]) -> str:
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
+def _layouts(source: Checkpoint) -> dict[str, Any]:
+    """The last form that the weights had in every layout, so that going back restores it."""
+    before = source.provenance.get("layouts")
+    now = {"words": dict(source.layout.words), "copies": sorted(source.copies)}
+    return {**(before if isinstance(before, dict) else {}), source.layout.name: now}
+
+
 def _apart(source: Path, target: Path) -> None:
     """Output and input must not contain each other."""
     a, b = source.resolve(), target.resolve()
@@ -358,8 +362,3 @@ def _apart(source: Path, target: Path) -> None:
 
 def _fingerprint(source: Checkpoint) -> list[tuple[int, int]]:
     return [(s.st_size, s.st_mtime_ns) for s in (p.stat() for p in source.stored.files)]
-
-
-def step_tensors(step: Step, source: Mapping[str, StoredTensor]) -> list[StoredTensor]:
-    """The source tensors of a step."""
-    return [source[n] for n in step.sources]

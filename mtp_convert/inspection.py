@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from mtp_convert.engine.runner import WINDOW, default_threads
 from mtp_convert.summary import Row, collapse
 
 SCHEMA = 1
-BASE_MEMORY = 260 << 20  # bytes; nearly all of it is `import torch`
+BASE_MEMORY = 32 << 20  # bytes; the interpreter and the headers of a few thousand tensors
+TORCH_MEMORY = 230 << 20  # `import torch`, where element types change or depths are averaged
 SCRATCH_PER_THREAD = 12 << 20
 
 
@@ -117,7 +119,8 @@ def describe(job: Job, target: Path | None) -> Planned:
     steps = [
         {"tensor": s.tensor, "shape": list(s.shape), "op": s.op, "sources": list(s.sources)} for s in job.plan.steps
     ]
-    sizes = {s.tensor: sum(tensors[n].nbytes for n in s.sources) for s in job.plan.steps}
+    sizes = {s.tensor: prod(s.shape) * tensors[s.sources[0]].dtype.itemsize for s in job.plan.steps}
+    values = job.options.dtype != "auto" or any(s.averaged > 1 for s in job.plan.steps)
     return Planned(
         source=str(job.source.located.given),
         source_layout=job.source.layout.name,
@@ -128,7 +131,7 @@ def describe(job: Job, target: Path | None) -> Planned:
         mtp_stored_depths=job.physical,
         mtp_steps=job.steps,
         mtp_repeated_layer=job.repeated,
-        peak_memory=BASE_MEMORY + threads * (WINDOW + SCRATCH_PER_THREAD),
+        peak_memory=BASE_MEMORY + (TORCH_MEMORY if values else 0) + threads * (WINDOW + SCRATCH_PER_THREAD),
         free_disk=shutil.disk_usage(place).free,
         notes=list(job.notes),
         steps=steps,

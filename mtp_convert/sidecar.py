@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mtp_convert.checkpoint import CARRIED, LATEST, PROVENANCE, Checkpoint
 from mtp_convert.containers import safetensors
-from mtp_convert.containers.torch_dist_write import save_bytes
+from mtp_convert.containers.torch_dist_write import save_object
 
 SOURCE_HEADERS = "weights_layout"  # below hf/: headers and index of the source, so that the same files can come back
 LARGEST = 256 << 20  # bytes; nothing beside the weights is larger
@@ -32,12 +32,12 @@ def side_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def config_bytes(checkpoint: Checkpoint, depths: int) -> bytes | None:
-    """config.json that agrees with `depths` stored ones; None when the source's own already does."""
-    family = checkpoint.family
-    if family.declared_depths(checkpoint.model_config) == depths:
-        return None
-    return (json.dumps(with_depths(checkpoint, depths), indent=2, ensure_ascii=False) + "\n").encode()
+def config_file(checkpoint: Checkpoint, depths: int) -> Path | Callable[[], bytes]:
+    """config.json: the source's own file if it agrees with `depths` stored ones, else a corrected one."""
+    if checkpoint.family.declared_depths(checkpoint.model_config) == depths:
+        return checkpoint.config_path
+    text = json.dumps(with_depths(checkpoint, depths), indent=2, ensure_ascii=False) + "\n"
+    return text.encode
 
 
 def with_depths(checkpoint: Checkpoint, depths: int) -> dict[str, Any]:
@@ -49,15 +49,17 @@ def with_depths(checkpoint: Checkpoint, depths: int) -> dict[str, Any]:
 
 
 def source_headers(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Raw shard headers and the index of a safetensors source, by path below `hf/`."""
-    files = {f"{SOURCE_HEADERS}/{name}.header": raw for name, raw in checkpoint.stored.headers.items()}
-    index = checkpoint.located.weights / safetensors.INDEX
-    if checkpoint.stored.headers and index.is_file():
-        files[f"{SOURCE_HEADERS}/{safetensors.INDEX}"] = index.read_bytes()
-    return files
+    """Raw shard headers and index of the safetensors form of the weights, by path below `hf/`."""
+    if checkpoint.stored.headers:
+        headers, index = checkpoint.stored.headers, checkpoint.located.weights / safetensors.INDEX
+        found = index.read_bytes() if index.is_file() else None
+    else:
+        headers, found = carried_headers(checkpoint.located.side)
+    files = {f"{SOURCE_HEADERS}/{name}.header": raw for name, raw in headers.items()}
+    return files if found is None else {**files, f"{SOURCE_HEADERS}/{safetensors.INDEX}": found}
 
 
-def carried_headers(side: Path) -> tuple[dict[str, bytes], bytes | None]:
+def carried_headers(side: Path) -> tuple[Mapping[str, bytes], bytes | None]:
     """What `source_headers` left in a Megatron folder: headers by shard name, and the index."""
     folder = side / SOURCE_HEADERS
     headers = {p.name.removesuffix(".header"): p.read_bytes() for p in sorted(folder.glob("*.header"))}
@@ -80,7 +82,7 @@ def megatron_files(args: Mapping[str, Any], folder: str, version: tuple[int, int
         "content_metadata": {},
     }
     return {
-        f"{folder}/common.pt": save_bytes(common),
+        f"{folder}/common.pt": save_object(common),
         f"{folder}/metadata.json": json.dumps(meta).encode(),
         LATEST: folder.encode(),
     }

@@ -1,19 +1,30 @@
-"""The framing of torch_dist files: what stands before and after the bytes of a tensor, and the `.metadata` pickle.
+"""The framing of torch_dist files, written without torch: what stands around the bytes of a tensor, and `.metadata`.
 
-The framing comes from torch.save itself, asked with an empty payload, so it is whatever the installed torch writes;
-prefix + payload + suffix is checked once per process against torch.save of a real tensor.
+An item is what `torch.save` writes for one contiguous tensor: a zip of stored members with the structure as a pickle
+and the raw bytes. Its reader is `torch.load`, which does not look at the checksum of the bytes (0 here: they are not
+known when the frame is made). Tests let torch, torch.distributed.checkpoint and Megatron-Core read the result.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
+import struct
+import zlib
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from math import prod
+from typing import NamedTuple
 
 from mtp_convert.containers.base import Shape
+from mtp_convert.containers.pickle_write import Call, Global, Made, Persistent, dumps
+from mtp_convert.containers.torch_zip import STORAGES, contiguous
 from mtp_convert.encodings.dtype import BY_NAME, DType
+
+ALIGN = 64  # torch aligns payloads to this inside an item
+_CLASSES = {torch_name: storage for storage, torch_name in STORAGES.items()}
+_BIG = 0xFFFFFFFF
+_DCP = "torch.distributed.checkpoint.metadata"
+_STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 
 
 class Frame(NamedTuple):
@@ -33,114 +44,147 @@ class Entry(NamedTuple):
     length: int
 
 
-class _Recorder:
-    """A sink that keeps what torch writes and notes where it skips the payload."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = [b""]
-
-    def write(self, data: Any) -> int:  # noqa: ANN401 - bytes or memoryview
-        self.parts[-1] += bytes(data)
-        return len(data)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.parts.append(b"")
-        return offset
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
-
-
 @lru_cache(maxsize=65536)
 def frame(dtype: DType, shape: Shape) -> Frame:
-    """What torch.save writes around a contiguous tensor of this type and shape."""
-    _check_once()
-    return _frame(dtype, shape)
+    """What stands before and after the bytes of a contiguous tensor."""
+    return _zip([("data.pkl", dumps(_tensor(dtype, shape)))], prod(shape) * dtype.itemsize)
 
 
-def _frame(dtype: DType, shape: Shape) -> Frame:
-    import torch
-    from torch import serialization
-
-    tensor = torch.empty(shape, dtype=dtype.torch())  # never touched: costs address space only
-    if not tensor.numel():
-        buffer = io.BytesIO()
-        torch.save(tensor, buffer)
-        return Frame(buffer.getvalue(), b"")
-    recorder = _Recorder()
-    before = serialization.get_crc32_options()
-    serialization.set_crc32_options(False)  # the checksum of bytes that torch has not seen would be wrong
-    try:
-        with serialization.skip_data():
-            torch.save(tensor, recorder)  # type: ignore[arg-type]
-    finally:
-        serialization.set_crc32_options(before)
-    prefix, suffix = recorder.parts
-    return Frame(prefix, suffix)
-
-
-@lru_cache(maxsize=1)
-def _check_once() -> None:
-    """Compare with torch.save; a torch that frames tensors otherwise must not go unnoticed.
-
-    Raises:
-        RuntimeError: prefix + payload + suffix is not what torch.save writes.
-    """
-    import torch
-    from torch import serialization
-
-    sample = torch.arange(6, dtype=torch.float32).reshape(2, 3)
-    buffer = io.BytesIO()
-    before = serialization.get_crc32_options()
-    serialization.set_crc32_options(False)
-    try:
-        torch.save(sample, buffer)
-    finally:
-        serialization.set_crc32_options(before)
-    made = _frame(BY_NAME["F32"], (2, 3))
-    if made.prefix + sample.numpy().tobytes() + made.suffix != buffer.getvalue():
-        raise RuntimeError(f"torch {torch.__version__} frames tensors in a way this version does not know")
-
-
-def save_bytes(value: object) -> bytes:
-    """torch.save of a small object."""
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+def save_object(value: object) -> bytes:
+    """torch.save of a structure without tensor bytes (plain containers, `Namespace`, empty tensors)."""
+    frame = _zip([("data.pkl", dumps(_plain(value)))], 0)
+    return frame.prefix + frame.suffix
 
 
 def extra_state() -> bytes:
     """What TransformerEngine 2 stores for a module without FP8 state, as Megatron stores objects: in a list."""
-    import torch
+    return save_object([_tensor(BY_NAME["U8"], (0,))])
 
-    return save_bytes([torch.tensor([], dtype=torch.uint8)])
+
+def _plain(value: object) -> object:
+    """Namespaces become records of their class."""
+    if isinstance(value, Namespace):
+        return Made(Global("argparse", "Namespace"), {k: _plain(v) for k, v in vars(value).items()})
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(v) for v in value)
+    return value
+
+
+def _tensor(dtype: DType, shape: Shape) -> Call:
+    """The record of a contiguous tensor over storage `0`."""
+    elements = prod(shape)
+    known = _CLASSES.get(dtype.torch_name)
+    storage = Global("torch", known) if known else Global("torch.storage", "UntypedStorage")
+    count = elements if known else elements * dtype.itemsize
+    hooks = Call(Global("collections", "OrderedDict"), ())
+    args = (Persistent(("storage", storage, "0", "cpu", count)), 0, shape, contiguous(shape), False, hooks)
+    if known:
+        return Call(Global("torch._utils", "_rebuild_tensor_v2"), args)
+    return Call(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", dtype.torch_name)))
+
+
+def _zip(members: list[tuple[str, bytes]], payload: int) -> Frame:
+    """A zip of stored members: `members`, torch's small ones, and `data/0` of `payload` bytes (left out)."""
+    members = [*members, ("byteorder", b"little")]
+    prefix, directory = b"", b""
+    for name, data in members:
+        directory += _central(name, zlib.crc32(data), len(data), len(prefix))
+        prefix += _local(name, zlib.crc32(data), len(data)) + data
+    directory += _central("data/0", 0, payload, len(prefix))
+    prefix += _local("data/0", 0, payload, at=len(prefix))
+    at, version = len(prefix) + payload, b"3\n"
+    directory += _central("version", zlib.crc32(version), len(version), at)
+    tail = _local("version", zlib.crc32(version), len(version)) + version
+    return Frame(prefix, tail + directory + _end(len(members) + 2, len(directory), at + len(tail)))
+
+
+def _local(name: str, crc: int, size: int, *, at: int | None = None) -> bytes:
+    """A local header; with `at` it is padded so that the data after it is aligned."""
+    path = f"archive/{name}".encode()
+    extra = struct.pack("<2H2Q", 1, 16, size, size) if size >= _BIG else b""
+    if at is not None:
+        pad = -(at + 30 + len(path) + len(extra) + 4) % ALIGN
+        extra += b"FB" + struct.pack("<H", pad) + b"Z" * pad  # torch's own padding field
+    short = min(size, _BIG)
+    return (
+        struct.pack("<4s5H3L2H", b"PK\3\4", 45, 0x800, 0, 0, 33, crc, short, short, len(path), len(extra))
+        + path
+        + extra
+    )
+
+
+def _central(name: str, crc: int, size: int, at: int) -> bytes:
+    path = f"archive/{name}".encode()
+    values = ([size, size] if size >= _BIG else []) + ([at] if at >= _BIG else [])
+    extra = struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+    short = min(size, _BIG)
+    head = (b"PK\1\2", 45, 45, 0x800, 0, 0, 33, crc, short, short, len(path), len(extra), 0, 0, 0, 0, min(at, _BIG))
+    return struct.pack("<4s6H3L5H2L", *head) + path + extra
+
+
+def _end(count: int, size: int, at: int) -> bytes:
+    """The end records; the zip64 ones only where a position needs them."""
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, size, min(at, _BIG), 0)
+    if at < _BIG:
+        return end
+    end64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, at)
+    return end64 + struct.pack("<4sLQL", b"PK\6\7", 0, at + size, 1) + end
 
 
 def metadata_bytes(
-    tensors: Mapping[str, tuple[DType, Shape]],
-    entries: Mapping[str, Sequence[Entry]],
-    objects: Sequence[str],
+    tensors: Mapping[str, tuple[DType, Shape]], entries: Mapping[str, Sequence[Entry]], objects: Sequence[str]
 ) -> bytes:
     """The `.metadata` pickle of torch.distributed.checkpoint for these tensors and objects."""
-    import torch
-    from torch.distributed.checkpoint import metadata as m
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    described: dict[str, Any] = {}
-    storage: dict[Any, Any] = {}
+    described: dict[str, object] = {}
+    storage: dict[object, object] = {}
     for name, (dtype, shape) in tensors.items():
-        chunks = []
+        chunks: list[object] = []
         for e in entries[name]:
-            offset = torch.Size(e.offset or ())
-            chunks.append(m.ChunkStorageMetadata(offsets=offset, sizes=torch.Size(e.sizes)))
-            storage[m.MetadataIndex(name, offset)] = _StorageInfo(e.file, e.start, e.length)
-        properties = m.TensorProperties(dtype=dtype.torch())
-        described[name] = m.TensorStorageMetadata(properties=properties, size=torch.Size(shape), chunks=chunks)
+            box = {"offsets": _size(e.offset or ()), "sizes": _size(e.sizes)}
+            chunks.append(Made(Global(_DCP, "ChunkStorageMetadata"), box))
+            storage[_index(name, e.offset)] = _info(e)
+        state = {"properties": _properties(dtype), "size": _size(shape), "chunks": chunks}
+        described[name] = Made(Global(_DCP, "TensorStorageMetadata"), state)
     for name in objects:
-        (e,) = entries[name]
-        described[name] = m.BytesStorageMetadata()
-        storage[m.MetadataIndex(name)] = _StorageInfo(e.file, e.start, e.length)
-    meta = m.Metadata(state_dict_metadata=described, planner_data=None, storage_data=storage, version="1.0.0")
-    return pickle.dumps(meta, protocol=4)
+        described[name] = Made(Global(_DCP, "BytesStorageMetadata"))
+        storage[_index(name, None)] = _info(entries[name][0])
+    fields = {
+        "state_dict_metadata": described,
+        "planner_data": None,
+        "storage_data": storage,
+        "storage_meta": None,
+        "version": "1.0.0",
+    }
+    return dumps(Made(Global(_DCP, "Metadata"), fields))
+
+
+def _size(shape: Shape) -> Call:
+    return Call(Global("torch", "Size"), (shape,))
+
+
+class _Index(Made):
+    """A storage index; hashed by identity so that it can be the key of a dict."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def _index(name: str, offset: Shape | None) -> _Index:
+    state = {"fqn": name, "index": None, "offset": None if offset is None else _size(offset)}
+    return _Index(Global(_DCP, "MetadataIndex"), state)
+
+
+def _info(entry: Entry) -> Made:
+    return Made(_STORAGE_INFO, {"relative_path": entry.file, "offset": entry.start, "length": entry.length})
+
+
+def _properties(dtype: DType) -> Made:
+    layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    memory = Call(Global(_DCP, "_MEM_FORMAT_ENCODING"), (0,))
+    state = (Global("torch", dtype.torch_name), layout, False, memory, False)
+    return Made(Global(_DCP, "TensorProperties"), state)

@@ -26,7 +26,7 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _TAIL = 4096  # holds the central directory of an item with one tensor
 
 # torch's storage classes by element type; other types come as UntypedStorage with the dtype as a fifth argument
-_STORAGES: dict[str, str] = {
+STORAGES: dict[str, str] = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -152,7 +152,7 @@ def locate(stub: object, found: dict[str, Member]) -> TensorBytes:
     storage, offset, size, stride, *typed = stub.args
     if not (isinstance(storage, tuple) and len(storage) >= 5 and isinstance(storage[1], StorageType)):
         raise Damaged("unknown storage record")
-    dtype = BY_TORCH_NAME.get(str(typed[0]) if typed else _STORAGES.get(storage[1], ""))
+    dtype = BY_TORCH_NAME.get(str(typed[0]) if typed else STORAGES.get(storage[1], ""))
     member = found.get(f"data/{storage[2]}")
     if dtype is None or member is None:
         raise Damaged(f"unknown storage {storage[1]!r} or its bytes are missing")

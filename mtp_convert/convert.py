@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import xxhash
-
-from mtp_convert import __version__, sidecar
+from mtp_convert import provenance, sidecar
 from mtp_convert.checkpoint import PROVENANCE, Checkpoint
 from mtp_convert.depths import folding
 from mtp_convert.encodings.dtype import CAST_TARGETS, FLOATS, DType
@@ -26,8 +23,6 @@ from mtp_convert.mapping.layout import Layout
 from mtp_convert.mapping.plan import Plan, make_plan
 from mtp_convert.options import Options
 
-RELEASE = "release"  # the iteration folder of a converted checkpoint: no optimizer, iteration 0
-
 
 @dataclass(frozen=True)
 class Job:
@@ -40,7 +35,7 @@ class Job:
     options: Options
     plan: Plan
     output: Output
-    small: Mapping[str, Callable[[], bytes] | Path]
+    small: Mapping[str, sidecar.Content]
     physical: int
     steps: int
     repeated: bool
@@ -67,6 +62,10 @@ class Result:
     notes: tuple[str, ...] = ()
     files: tuple[Written, ...] = field(default=(), repr=False)
 
+    def to_json(self) -> dict[str, Any]:
+        """The documented JSON object."""
+        return {"schema_version": 1, **self.__dict__, "files": [f.path for f in self.files]}
+
 
 def prepare(source: Checkpoint, options: Options) -> Job:
     """Plan a conversion; reads at most the tensors that must be equal (copies, folded depths).
@@ -81,12 +80,12 @@ def prepare(source: Checkpoint, options: Options) -> Job:
     _supported(source, options, physical)
     dims = with_depths(source.dims, physical)
     alias, notes = folding(source, physical, options.force_fold)
-    target = family.layout(options.to, dims, {**_words(source, options.to), **options.words})
+    target = family.layout(options.to, dims, {**provenance.words(source, options.to), **options.words})
     plan = make_plan(
         source.layout,
         target,
         alias=alias,
-        copies=_copies(source, target),
+        copies=provenance.copies(source, target),
         padded=_padding(target, options),
     )
     tensors = [OutTensor(s, d) for s, d in zip(plan.steps, _dtypes(source, plan, options), strict=True)]
@@ -95,11 +94,11 @@ def prepare(source: Checkpoint, options: Options) -> Job:
         output = torch_dist_output(
             tensors,
             source.stored.tensors,
-            folder=RELEASE,
+            folder=sidecar.RELEASE,
             objects=target.objects,
             max_file_size=options.max_shard_size,
         )
-        small = _megatron_small(source, options, physical, steps, repeated)
+        small = sidecar.megatron_small(source, options, physical, steps=steps, repeated=repeated)
     else:
         headers, index = sidecar.carried_headers(source.located.side) if options.restore_shards else ({}, None)
         if source.located.layout == "hf" and options.restore_shards and physical == source.dims.depths:
@@ -108,7 +107,7 @@ def prepare(source: Checkpoint, options: Options) -> Job:
             tensors, source.stored.tensors, max_shard_size=options.max_shard_size, headers=headers
         )
         output = _original_index(output, index, headers)
-        small = _hf_small(source, physical)
+        small = sidecar.hf_small(source, physical)
     return Job(source, options, plan, output, {**small, **output.small}, physical, steps, repeated, notes)
 
 
@@ -127,7 +126,7 @@ def run(job: Job, target: Path, *, progress: Progress | None = None) -> Result:
             path = stage / relative
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.read_bytes() if isinstance(content, Path) else content())
-        (stage / PROVENANCE).write_text(provenance(job, files), encoding="utf-8")
+        (stage / PROVENANCE).write_text(provenance.record(job, files), encoding="utf-8")
         if _fingerprint(job.source) != before:
             raise ConvertError(
                 "MTP041",
@@ -204,30 +203,6 @@ def _supported(source: Checkpoint, options: Options, physical: int) -> None:
         )
 
 
-def _remembered(source: Checkpoint, layout: str) -> Mapping[str, Any]:
-    """What an earlier conversion noted about the form that the weights had in `layout` (nothing if they never had)."""
-    layouts = source.provenance.get("layouts")
-    found = layouts.get(layout) if isinstance(layouts, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _words(source: Checkpoint, layout: str) -> Mapping[str, str]:
-    """The spelling of the target: the source's, or the one the weights had before; else the released one."""
-    if source.located.layout == layout:
-        return source.layout.words
-    words = _remembered(source, layout).get("words")
-    known = source.family.choices[layout]
-    return {w: s for w, s in words.items() if s in known.get(w, ())} if isinstance(words, dict) else {}
-
-
-def _copies(source: Checkpoint, target: Layout) -> frozenset[str]:
-    """Copies are written iff the weights had them in this layout."""
-    if source.located.layout == target.name:
-        return source.copies & target.copies.keys()
-    copies = _remembered(source, target.name).get("copies")
-    return frozenset(c for c in copies if c in target.copies) if isinstance(copies, list) else frozenset()
-
-
 def _padding(target: Layout, options: Options) -> dict[str, int]:
     """Rows of vocabulary tensors in a Megatron target."""
     multiple = options.padding * (options.parallel.get("tensor", 1) if options.padding > 1 else 1)
@@ -266,87 +241,11 @@ def _dtypes(source: Checkpoint, plan: Plan, options: Options) -> list[DType]:
     return found
 
 
-def _megatron_small(
-    source: Checkpoint, options: Options, physical: int, steps: int, repeated: bool
-) -> dict[str, Callable[[], bytes] | Path]:
-    args = source.family.megatron_args(sidecar_model(source, physical), steps, repeated) | {
-        "ckpt_format": "torch_dist",
-        "tensor_model_parallel_size": options.parallel.get("tensor", 1),
-        "pipeline_model_parallel_size": options.parallel.get("pipeline", 1),
-        "expert_model_parallel_size": options.parallel.get("expert", 1),
-        "expert_tensor_parallel_size": options.parallel.get("expert_tensor", 1),
-    }
-    multiple = options.padding * options.parallel.get("tensor", 1)
-    if options.padding > 1:
-        args["make_vocab_size_divisible_by"] = options.padding
-        args["padded_vocab_size"] = -(-int(args["vocab_size"]) // multiple) * multiple
-    small: dict[str, Callable[[], bytes] | Path] = {}
-    for relative, path in sidecar.side_files(source.located.side).items():
-        small[sidecar.carried(relative)] = path
-    small[sidecar.carried("config.json")] = sidecar.config_file(source, physical)
-    for relative, raw in sidecar.source_headers(source).items():
-        small[sidecar.carried(relative)] = lambda raw=raw: raw  # type: ignore[misc]
-    for relative, raw in sidecar.megatron_files(args, RELEASE, options.version).items():
-        small[relative] = lambda raw=raw: raw  # type: ignore[misc]
-    return small
-
-
-def sidecar_model(source: Checkpoint, depths: int) -> Mapping[str, Any]:
-    """The language model's config section with `depths` stored MTP depths."""
-    return source.family.with_depths(source.model_config, depths) if depths else source.model_config
-
-
-def _hf_small(source: Checkpoint, physical: int) -> dict[str, Callable[[], bytes] | Path]:
-    small: dict[str, Callable[[], bytes] | Path] = dict(sidecar.side_files(source.located.side))
-    small["config.json"] = sidecar.config_file(source, physical)
-    return small
-
-
 def _original_index(output: Output, index: bytes | None, headers: Mapping[str, bytes]) -> Output:
     """The source's own index, when exactly its shards are written again."""
     if index is None or {f.path for f in output.files} != headers.keys():
         return output
     return Output(output.files, dict.fromkeys(output.small, lambda: index))
-
-
-def provenance(job: Job, files: tuple[Written, ...]) -> str:
-    """mtp_convert.json: where every number came from, without times, hosts or users."""
-    source = job.source
-    lines = "".join(f"{s.tensor}\t{s.op}\t{' '.join(s.sources)}\n" for s in job.plan.steps)
-    record = {
-        "schema_version": 1,
-        "tool": "mtp-convert",
-        "version": __version__,
-        "family": source.family.name,
-        "source": {
-            "name": source.located.given.name,
-            "layout": source.layout.name,
-            "container": source.stored.container,
-            "dtypes": sorted({t.dtype.name for t in source.stored.tensors.values()}),
-            "tensors": len(source.stored.tensors),
-            "left_behind": [*source.unmapped, *sorted(source.stored.training)],
-        },
-        "layouts": _layouts(source),
-        "target": {
-            "layout": job.options.to,
-            "words": dict(job.plan.target.words),
-            "dtype": job.options.dtype,
-            "megatron_version": job.options.megatron_version if job.options.to == "megatron" else None,
-            "tensors": len(job.plan.steps),
-        },
-        "mtp": {"stored_depths": job.physical, "steps": job.steps, "repeated_layer": job.repeated},
-        "provenance_digest": "xxh3_128:" + xxhash.xxh3_128_hexdigest(lines.encode()),
-        "files": {f.path: {"bytes": f.size, "xxh3_128_of_4mib": f.digest} for f in files},
-        "notes": list(job.notes),
-    }
-    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-
-
-def _layouts(source: Checkpoint) -> dict[str, Any]:
-    """The last form that the weights had in every layout, so that going back restores it."""
-    before = source.provenance.get("layouts")
-    now = {"words": dict(source.layout.words), "copies": sorted(source.copies)}
-    return {**(before if isinstance(before, dict) else {}), source.layout.name: now}
 
 
 def _apart(source: Path, target: Path) -> None:

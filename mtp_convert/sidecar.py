@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mtp_convert.bridge_config import run_config
 from mtp_convert.checkpoint import CARRIED, LATEST, PROVENANCE, Checkpoint
 from mtp_convert.containers import safetensors
 from mtp_convert.containers.torch_dist_write import save_object
+from mtp_convert.encodings.dtype import CAST_TARGETS
+from mtp_convert.options import Options
+
+Content = Path | Callable[[], bytes]  # a file to copy, or bytes that are made when the payload is written
+Small = dict[str, Content]
+RELEASE = "release"  # the iteration folder of a converted checkpoint: no optimizer, iteration 0
 
 SOURCE_HEADERS = "weights_layout"  # below hf/: headers and index of the source, so that the same files can come back
 LARGEST = 256 << 20  # bytes; nothing beside the weights is larger
@@ -32,7 +41,7 @@ def side_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def config_file(checkpoint: Checkpoint, depths: int) -> Path | Callable[[], bytes]:
+def config_file(checkpoint: Checkpoint, depths: int) -> Content:
     """config.json: the source's own file if it agrees with `depths` stored ones, else a corrected one."""
     if checkpoint.family.declared_depths(checkpoint.model_config) == depths:
         return checkpoint.config_path
@@ -88,6 +97,44 @@ def megatron_files(args: Mapping[str, Any], folder: str, version: tuple[int, int
     }
 
 
-def carried(relative: str) -> str:
-    """Where a Hugging Face side file lies beside a Megatron checkpoint."""
-    return f"{CARRIED}/{relative}"
+def megatron_small(source: Checkpoint, options: Options, physical: int, *, steps: int, repeated: bool) -> Small:
+    """Everything beside the tensors of a Megatron checkpoint; the Hugging Face files travel below `hf/`."""
+    args = megatron_args(source, options, steps, repeated)
+    files = megatron_files(args, RELEASE, options.version)
+    if source.family.bridge_provider:
+        dtype = _most_common_dtype(source, options)
+        files[f"{RELEASE}/run_config.yaml"] = run_config(source.family.bridge_provider, args, torch_dtype=dtype)
+    travelling: dict[str, Content] = {**hf_small(source, physical), **_known(source_headers(source))}
+    return {**{f"{CARRIED}/{relative}": c for relative, c in travelling.items()}, **_known(files)}
+
+
+def hf_small(source: Checkpoint, physical: int) -> Small:
+    """Everything beside the tensors of a Hugging Face folder with `physical` stored MTP depths."""
+    return {**side_files(source.located.side), "config.json": config_file(source, physical)}
+
+
+def megatron_args(source: Checkpoint, options: Options, steps: int, repeated: bool) -> dict[str, Any]:
+    """The family's training arguments with the parallel sizes and the vocabulary padding that were asked for."""
+    args = source.family.megatron_args(source.model_config, steps, repeated)
+    sizes = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+    args |= {f"{size}_parallel_size": options.parallel.get(size.removesuffix("_model"), 1) for size in sizes}
+    args["ckpt_format"] = "torch_dist"
+    if options.padding > 1:
+        multiple = options.padding * options.parallel.get("tensor", 1)
+        args["make_vocab_size_divisible_by"] = options.padding
+        args["padded_vocab_size"] = -(-int(args["vocab_size"]) // multiple) * multiple
+    return args
+
+
+def _known(files: Mapping[str, bytes]) -> dict[str, Content]:
+    return {relative: partial(bytes, raw) for relative, raw in files.items()}
+
+
+def _most_common_dtype(source: Checkpoint, options: Options) -> str:
+    """torch's name of the type of most bytes."""
+    if options.dtype in CAST_TARGETS:
+        return CAST_TARGETS[options.dtype].torch_name
+    sizes: Counter[str] = Counter()
+    for tensor in source.stored.tensors.values():
+        sizes[tensor.dtype.torch_name] += tensor.nbytes
+    return sizes.most_common(1)[0][0]

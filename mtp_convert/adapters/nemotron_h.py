@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import _blocks as b
 from mtp_convert.mapping.family import Config, ConfigError, Family
 from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, rule
@@ -229,81 +230,23 @@ def with_depths(config: Config, depths: int) -> dict[str, Any]:
 def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
     """Megatron-LM argument names; `steps` MTP depths run, over one stored depth when `repeated`."""
     d = dims(config, 1 if steps else 0)
-    pattern = "/".join([d.pattern, *[d.mtp_pattern] * steps])
-    args: dict[str, Any] = {
-        "num_layers": len(d.pattern),
-        "hidden_size": d.H,
-        "ffn_hidden_size": config.get("intermediate_size", 4 * d.H),
-        "num_attention_heads": d.attention.Q,
-        "num_query_groups": d.attention.K,
-        "group_query_attention": d.attention.Q != d.attention.K,
-        "kv_channels": d.attention.D,
-        "max_position_embeddings": config.get("max_position_embeddings", 4096),
-        "seq_length": config.get("max_position_embeddings", 4096),
+    return {
+        **args.model_args(config, layers=len(d.pattern), H=d.H, V=d.V, tied=d.tied),
+        **args.attention_args(d.attention),
+        **args.mamba_args(config, d.mamba),
+        **args.moe_args(config, d.moe),
+        **args.mtp_args(steps, d.mtp_pattern, repeated=repeated),
         "position_embedding_type": "none",
         "add_position_embedding": False,
         "use_rotary_position_embeddings": False,
-        "normalization": "RMSNorm",
-        "norm_epsilon": config.get("layer_norm_epsilon", config.get("rms_norm_eps", 1e-5)),
         "add_bias_linear": d.attention.bias or d.mlp.bias,
-        "add_qkv_bias": d.attention.bias,
         "squared_relu": config.get("mlp_hidden_act", "relu2") == "relu2",
         "swiglu": False,
-        "untie_embeddings_and_output_weights": not d.tied,
-        "vocab_size": d.V,
-        "padded_vocab_size": d.V,
-        "attention_dropout": config.get("attention_dropout", 0.0),
-        "hidden_dropout": config.get("hidden_dropout", 0.0),
-        "hybrid_layer_pattern": pattern,
+        "is_hybrid_model": True,
+        "hybrid_layer_pattern": "/".join([d.pattern, *[d.mtp_pattern] * steps]),
         "hybrid_override_pattern": d.pattern,
         "spec": ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],
-        "is_hybrid_model": True,
     }
-    if steps:
-        args |= {
-            "mtp_num_layers": steps,
-            "mtp_hybrid_override_pattern": d.mtp_pattern,
-            "mtp_use_repeated_layer": repeated,
-        }
-    return args | _mamba_args(config, d) | _moe_args(config, d)
-
-
-def _mamba_args(config: Config, d: NemotronDims) -> dict[str, Any]:
-    if d.mamba is None:
-        return {}
-    return {
-        "mamba_num_heads": d.mamba.N,
-        "mamba_head_dim": d.mamba.head,
-        "mamba_state_dim": config["ssm_state_size"],
-        "mamba_num_groups": config["n_groups"],
-    }
-
-
-def _moe_args(config: Config, d: NemotronDims) -> dict[str, Any]:
-    if d.moe is None:
-        return {}
-    groups = config.get("n_group") or 1
-    args: dict[str, Any] = {
-        "num_experts": d.moe.E,
-        "moe_ffn_hidden_size": d.moe.I,
-        "moe_shared_expert_intermediate_size": d.moe.S or None,
-        "moe_router_topk": config.get("num_experts_per_tok", 2),
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "moe_router_pre_softmax": False,
-        "moe_router_topk_scaling_factor": config.get("routed_scaling_factor", 1.0),
-        "moe_router_load_balancing_type": "none",
-        "moe_router_dtype": "fp32",
-        "moe_grouped_gemm": True,
-    }
-    if groups > 1:
-        args |= {
-            "moe_router_num_groups": groups,
-            "moe_router_group_topk": config.get("topk_group", 1),
-        }
-    if d.moe.latent:
-        args["moe_latent_size"] = d.moe.latent
-    return args
 
 
 FAMILY = Family(
@@ -328,6 +271,7 @@ FAMILY = Family(
     declared_depths=declared_depths,
     with_depths=with_depths,
     megatron_args=megatron_args,
+    bridge_provider="megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider",
     megatron_since=(0, 17),
     notes=(
         "Attention has no position encoding; eh_proj columns are [embedding | hidden].",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from mtp_convert.containers.base import StoredTensor
 from mtp_convert.containers.torch_zip import contiguous
@@ -16,6 +17,7 @@ from mtp_convert.engine.files import Extent
 from mtp_convert.engine.gather import Bytes, Reader, copy_bytes
 from mtp_convert.engine.pieces import Piece
 
+Floats = npt.NDArray[np.float64]
 ELEMENTS = 1 << 20  # per window
 
 
@@ -88,27 +90,60 @@ def compare(
     total = a.nbytes // a.dtype.itemsize
     if total != b.nbytes // b.dtype.itemsize:
         raise ValueError("different numbers of elements")
-    count, first, largest, squares = 0, -1, 0.0, np.zeros(2)
+    tally = _Tally(a.dtype, b.dtype)
+    equal: list[int] = []
     for at in range(0, total, ELEMENTS):
         n = min(ELEMENTS, total - at)
         x, y = _window(a, reader, at, n), _window(b, reader, at, n)
-        if a.dtype != b.dtype or not np.array_equal(x, y):
-            fx, fy = _float64(x, a.dtype), _float64(y, b.dtype)
-            if a.dtype == b.dtype:
-                size = a.dtype.itemsize
-                unequal = np.flatnonzero((x.reshape(n, size) != y.reshape(n, size)).any(axis=1))
-            else:
-                unequal = np.flatnonzero(fx != fy)
-            if len(unequal):
-                first = at + int(unequal[0]) if first < 0 else first
-                count += len(unequal)
-                with np.errstate(invalid="ignore"):
-                    gap = np.abs(fx[unequal] - fy[unequal])
-                largest = max(largest, float(np.nan_to_num(gap, nan=np.inf).max()))
-            squares += np.array([np.square(fx).sum(), np.square(fy).sum()])
+        if a.dtype == b.dtype and np.array_equal(x, y):
+            equal.append(at)
+        else:
+            tally.add(at, x, y)
         if progress:
             progress(len(x))
-    return Difference(count, first, largest, (float(squares[0] ** 0.5), float(squares[1] ** 0.5))) if count else None
+    if not tally.count:
+        return None
+    for at in equal:  # their share of the norms was not worth its time before a difference was found
+        tally.weigh(_window(a, reader, at, min(ELEMENTS, total - at)))
+    return Difference(tally.count, tally.first, tally.largest, (tally.squares[0] ** 0.5, tally.squares[1] ** 0.5))
+
+
+@dataclass
+class _Tally:
+    """What is known about the differences of two tensors so far."""
+
+    a: DType
+    b: DType
+    count: int = 0
+    first: int = -1
+    largest: float = 0.0
+    squares: tuple[float, float] = (0.0, 0.0)
+
+    def add(self, at: int, x: Bytes, y: Bytes) -> None:
+        """Measure the window that starts at element `at`."""
+        fx, fy = _float64(x, self.a), _float64(y, self.b)
+        if self.a == self.b:
+            size = self.a.itemsize
+            differs = (x.reshape(-1, size) != y.reshape(-1, size)).any(axis=1)
+        else:
+            differs = (fx != fy) & ~(np.isnan(fx) & np.isnan(fy))
+        unequal = np.flatnonzero(differs)
+        if len(unequal):
+            self.first = at + int(unequal[0]) if self.first < 0 else self.first
+            self.count += len(unequal)
+            with np.errstate(invalid="ignore"):
+                gap = np.abs(fx[unequal] - fy[unequal])
+            self.largest = max(self.largest, float(np.nan_to_num(gap, nan=np.inf, posinf=np.inf).max()))
+        self._weigh(fx, fy)
+
+    def weigh(self, x: Bytes) -> None:
+        """Count a window that is equal on both sides towards the norms."""
+        values = _float64(x, self.a)
+        self._weigh(values, values)
+
+    def _weigh(self, fx: Floats, fy: Floats) -> None:
+        with np.errstate(over="ignore"):
+            self.squares = (self.squares[0] + float(fx @ fx), self.squares[1] + float(fy @ fy))
 
 
 def _window(extent: TypedExtent, reader: Reader, at: int, n: int) -> Bytes:
@@ -118,7 +153,7 @@ def _window(extent: TypedExtent, reader: Reader, at: int, n: int) -> Bytes:
     return out
 
 
-def _float64(raw: Bytes, dtype: DType) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _float64(raw: Bytes, dtype: DType) -> Floats:
     if dtype.name in FLOATS or dtype.name.startswith("F8"):
         return cast(raw, dtype, "float64").view(np.float64)
     return raw.view(np.dtype(dtype.torch_name)).astype(np.float64)

@@ -74,10 +74,10 @@ class TensorExtent:
         first, last = lo // n, -(-hi // n)  # elements that the bytes belong to
         averaged = self.step.averaged
         values: Bytes | None = None
-        sums = np.zeros(last - first, dtype=np.float32) if averaged > 1 else None
+        sums = np.zeros(last - first, dtype=np.float64) if averaged > 1 else None
         for piece in pieces_of(self.step, self.tensors, offset=self.offset, sizes=self.sizes):
             if sums is not None:
-                add_values(reader, piece, sums, lo=first, hi=last, share=1.0 / averaged)
+                add_values(reader, piece, sums, lo=first, hi=last)
             elif piece.dtype == self.dtype:
                 copy_bytes(reader, piece, out, lo=lo, hi=hi)
             else:
@@ -85,7 +85,7 @@ class TensorExtent:
                     values = np.zeros((last - first) * n, dtype=np.uint8)
                 cast_values(reader, piece, values, lo=first, hi=last, to=self.dtype)
         if sums is not None:
-            values = cast(sums.view(np.uint8), BY_NAME["F32"], self.dtype.torch_name)
+            values = cast((sums / averaged).view(np.uint8), BY_NAME["F64"], self.dtype.torch_name)
         if values is not None:
             out[:] = values[lo - first * n : hi - first * n]
 

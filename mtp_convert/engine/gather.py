@@ -152,11 +152,11 @@ def copy_bytes(reader: Reader, piece: Piece, out: Bytes, *, lo: int, hi: int) ->
         reader.copy(piece.path, piece.base + _dot(origin, source), runs, out, at - lo)
 
 
-def add_values(reader: Reader, piece: Piece, out: npt.NDArray[np.float32], *, lo: int, hi: int, share: float) -> None:
-    """Add `share` times the values of `piece` to elements [lo, hi) of the target chunk, in float32."""
-    for at, stride, sizes, values in _boxes(reader, piece, lo, hi, "float32"):
-        view = np.ndarray(sizes, out.dtype, out.data, (at - lo) * 4, tuple(s * 4 for s in stride))
-        view += values.view(np.float32).reshape(sizes) * np.float32(share)
+def add_values(reader: Reader, piece: Piece, out: npt.NDArray[np.float64], *, lo: int, hi: int) -> None:
+    """Add the values of `piece` to elements [lo, hi) of the target chunk (float64: sums of a few floats are exact)."""
+    for at, stride, sizes, values in _boxes(reader, piece, lo, hi, "float64"):
+        view = np.ndarray(sizes, out.dtype, out.data, (at - lo) * 8, tuple(s * 8 for s in stride))
+        view += values.view(np.float64).reshape(sizes)
 
 
 def cast_values(reader: Reader, piece: Piece, out: Bytes, *, lo: int, hi: int, to: DType) -> None:

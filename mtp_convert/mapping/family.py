@@ -51,6 +51,7 @@ class Family:
     declared_depths: Callable[[Config], int]
     with_depths: Callable[[Config, int], dict[str, Any]]
     megatron_args: Callable[[Config, int, bool], dict[str, Any]]
+    bridge_provider: str  # Megatron-Bridge's provider class; empty where it has none
     megatron_since: tuple[int, int]  # first Megatron-Core release (major, minor) with MTP in this model class
     notes: tuple[str, ...] = ()
 

@@ -65,6 +65,8 @@ class Grouped:
         """Take params whose row counts are multiples of `groups`."""
         if any(s[0] % self.groups for s in shapes):
             raise ValueError(f"rows of {list(shapes)} do not divide into {self.groups} groups")
+        if any(s[1:] != shapes[0][1:] for s in shapes):
+            raise ValueError(f"different columns: {list(shapes)}")
         per_group = sum(s[0] for s in shapes) // self.groups
         views, offset = [], 0
         for shape in shapes:

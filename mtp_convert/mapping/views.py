@@ -117,6 +117,8 @@ def clip(sizes: Shape, steps: Shape, start: int, lo: int, hi: int) -> Iterator[B
     A step of 0 means that the axis does not matter. Steps are positive and nested like the digits of a number, so
     at most two positions per axis are cut and everything between them stays one box.
     """
+    if 0 in sizes:
+        return
     span = sum((n - 1) * s for n, s in zip(sizes, steps, strict=True))
     if start >= lo and start + span < hi:
         yield (0,) * len(sizes), sizes

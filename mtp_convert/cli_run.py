@@ -1,0 +1,83 @@
+"""What several commands share: opening the source, making options, running and showing a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mtp_convert.errors import ConvertError, Problem
+
+if TYPE_CHECKING:
+    from mtp_convert.checkpoint import Checkpoint
+    from mtp_convert.options import Options
+
+
+def show(fmt: str, result: Shown, human: Callable[[Any], None]) -> None:
+    """A result on stdout, in the format that was asked for."""
+    from mtp_convert.render import show_json
+
+    if fmt == "json":
+        show_json(result.to_json())
+    elif fmt == "human":
+        human(result)
+
+
+class Shown(Protocol):
+    """A result that has a documented JSON form."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+
+
+def open_source(src: Path, hf_config: Path | None, allow_unmapped: bool, layout: str | None = None) -> Checkpoint:
+    """Open SRC; with `layout`, refuse a source of another one."""
+    from mtp_convert.checkpoint import locate, open_checkpoint
+
+    if layout and (found := locate(src).layout) != layout:
+        hint = f"use `mtp-convert convert {src} DST --to ...`, which detects the source"
+        raise ConvertError("MTP003", Problem("source layout", str(src), found, layout), hint=hint)
+    return open_checkpoint(src, hf_config=hf_config, allow_unmapped=allow_unmapped)
+
+
+def run_conversion(src: Path, dst: Path, options: Options, source: Checkpoint, fmt: str) -> None:
+    """Convert, with progress, and show the result."""
+    from mtp_convert import parallel, render
+    from mtp_convert.convert import Result, prepare, run
+    from mtp_convert.progress import progress
+
+    parallel.check(source.family.megatron_args(source.model_config, 0, False), options.parallel)
+    job = prepare(source, options)
+    with progress("converting", job.nbytes, quiet=fmt != "human") as tick:
+        result = run(job, dst, progress=tick)
+    back = "megatron-to-hf" if options.to == "megatron" else "hf-to-megatron"
+
+    def human(r: Result) -> None:
+        render.show_result(r, f"mtp-convert diff {src} {dst}   or back: mtp-convert {back} {dst} OUT")
+
+    show(fmt, result, human)
+
+
+def make_options(to: str, **given: Any) -> Options:  # noqa: ANN401 - forwarded to the record
+    """The options record; sizes are parsed and parallel sizes collected."""
+    from mtp_convert.options import Options, parse_size
+
+    size = given.pop("max_shard_size", None)
+    sizes = {k: given.pop(k, 1) for k in ("tensor", "pipeline", "expert", "expert_tensor")}
+    if bad := [k for k, n in sizes.items() if n < 1]:
+        raise ConvertError(
+            "MTP001",
+            Problem(f"{bad[0]} parallel size", got=str(sizes[bad[0]]), expected="1 or more"),
+        )
+    if size:
+        given |= {"max_shard_size": parse_size(size), "restore_shards": False}
+    return Options(to, parallel=sizes, **given)
+
+
+def show_plan(source: Checkpoint, options: Options, dst: Path | None, fmt: str) -> None:
+    """Prepare a conversion and show it."""
+    from mtp_convert import render
+    from mtp_convert.convert import prepare
+    from mtp_convert.inspection import describe
+
+    show(fmt, describe(prepare(source, options), dst), render.show_plan)

@@ -1,0 +1,81 @@
+"""mtp_convert.json: what an output folder remembers about where every number came from, and what going back needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from mtp_convert import __version__
+from mtp_convert.checkpoint import Checkpoint
+from mtp_convert.engine.runner import Written
+from mtp_convert.mapping.layout import Layout
+
+if TYPE_CHECKING:
+    from mtp_convert.convert import Job
+
+
+def remembered(source: Checkpoint, layout: str) -> Mapping[str, Any]:
+    """What an earlier conversion noted about the form that the weights had in `layout` (nothing if they never had)."""
+    layouts = source.provenance.get("layouts")
+    found = layouts.get(layout) if isinstance(layouts, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def words(source: Checkpoint, layout: str) -> Mapping[str, str]:
+    """The spelling of the target: the source's, or the one the weights had before; else the released one."""
+    if source.located.layout == layout:
+        return source.layout.words
+    noted = remembered(source, layout).get("words")
+    known = source.family.choices[layout]
+    return {w: s for w, s in noted.items() if s in known.get(w, ())} if isinstance(noted, dict) else {}
+
+
+def copies(source: Checkpoint, target: Layout) -> frozenset[str]:
+    """Copies are written iff the weights had them in this layout."""
+    if source.located.layout == target.name:
+        return source.copies & target.copies.keys()
+    noted = remembered(source, target.name).get("copies")
+    return frozenset(c for c in noted if c in target.copies) if isinstance(noted, list) else frozenset()
+
+
+def record(job: Job, files: tuple[Written, ...]) -> str:
+    """mtp_convert.json: where every number came from, without times, hosts or users."""
+    source = job.source
+    lines = "".join(f"{s.tensor}\t{s.op}\t{' '.join(s.sources)}\n" for s in job.plan.steps)
+    facts = {
+        "schema_version": 1,
+        "tool": "mtp-convert",
+        "version": __version__,
+        "family": source.family.name,
+        "source": {
+            "name": source.located.given.name,
+            "layout": source.layout.name,
+            "container": source.stored.container,
+            "dtypes": sorted({t.dtype.name for t in source.stored.tensors.values()}),
+            "tensors": len(source.stored.tensors),
+            "left_behind": [*source.unmapped, *sorted(source.stored.training)],
+        },
+        "layouts": _layouts(source),
+        "target": {
+            "layout": job.options.to,
+            "words": dict(job.plan.target.words),
+            "dtype": job.options.dtype,
+            "megatron_version": job.options.megatron_version if job.options.to == "megatron" else None,
+            "tensors": len(job.plan.steps),
+        },
+        "mtp": {"stored_depths": job.physical, "steps": job.steps, "repeated_layer": job.repeated},
+        "provenance_digest": "xxh3_128:" + xxhash.xxh3_128_hexdigest(lines.encode()),
+        "files": {f.path: {"bytes": f.size, "xxh3_128_of_4mib": f.digest} for f in files},
+        "notes": list(job.notes),
+    }
+    return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+
+
+def _layouts(source: Checkpoint) -> dict[str, Any]:
+    """The last form that the weights had in every layout, so that going back restores it."""
+    before = source.provenance.get("layouts")
+    now = {"words": dict(source.layout.words), "copies": sorted(source.copies)}
+    return {**(before if isinstance(before, dict) else {}), source.layout.name: now}

@@ -105,7 +105,7 @@ To = Annotated[
 ]
 Via = Annotated[
     Literal["hf", "megatron", ""],
-    typer.Option("--via", help="Layout in between; by default the other one.", show_default=False),,
+    typer.Option("--via", help="Layout in between; by default the other one.", show_default=False),
 ]
 ForceFold = Annotated[
     Literal["mean", "first", ""],

@@ -17,6 +17,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
 
 reference: $(READY)  ## tests that install and run the real Megatron-Core
 	$(BIN)/pytest -q -m reference

@@ -216,6 +216,23 @@ def diff(
         raise typer.Exit(5)
 
 
+@app.command("check", rich_help_panel="Check")
+def check(
+    folder: Annotated[Path, typer.Argument(help="A folder that this tool wrote.")],
+    fmt: Format = "human",
+) -> None:
+    """An output folder against its own digests, like an fsck. Exit code 3 when a file is damaged."""
+    from mtp_convert import fsck, render
+    from mtp_convert.progress import progress
+
+    total = sum(size for size, _ in fsck.recorded(folder).values())
+    with progress("checking", total, quiet=fmt != "human") as tick:
+        found = fsck.check_folder(folder, progress=tick)
+    cli_run.show(fmt, found, render.show_check)
+    if found.problems:
+        raise typer.Exit(3)
+
+
 @app.command("fold", rich_help_panel="Convert")
 def fold(
     src: Src,
@@ -276,6 +293,21 @@ def explain(code: Annotated[str, typer.Argument(help="An error code, e.g. MTP025
     if kind is None:
         raise ConvertError("MTP001", Problem("no such code", got=code, expected=", ".join(ERRORS)))
     print(f"{code.upper()}: {kind.title} (exit code {kind.exit_code})\n{kind.explanation}")
+
+
+@app.command("env", rich_help_panel="Look")
+def env() -> None:
+    """Versions and machine, to paste into a bug report."""
+    import os
+    import platform
+    from importlib.metadata import version as installed
+
+    from mtp_convert import __version__
+
+    print(f"mtp-convert {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    print(f"{os.cpu_count()} cores")
+    for package in ("torch", "safetensors", "transformers", "huggingface-hub", "typer", "numpy", "xxhash"):
+        print(f"{package} {installed(package)}")
 
 
 @app.command("demo", rich_help_panel="Look")

@@ -11,6 +11,7 @@ from typing import Any
 
 from mtp_convert.convert import Result
 from mtp_convert.difference import CheckpointDifference
+from mtp_convert.fsck import FolderCheck
 from mtp_convert.inspection import Inspection, Planned
 from mtp_convert.roundtrip import RoundTrip
 from mtp_convert.summary import Row, printable, size_text
@@ -169,6 +170,14 @@ def show_difference(d: CheckpointDifference) -> None:
         print(f"  ... and {len(d.differing) - MOST_ROWS} more")
     if d.dtypes:
         print(f"  {len(d.dtypes)} params have two types, e.g. {d.dtypes[0]}")
+
+
+def show_check(c: FolderCheck) -> None:
+    """Verdict, then the damaged files."""
+    verdict = paint("damaged", "red") if c.problems else paint("intact", "green")
+    print(f"{printable(c.path)}: {verdict} ({c.files} files, {size_text(c.nbytes)})")
+    for problem in c.problems:
+        print(f"  {printable(problem)}")
 
 
 def _notes(notes: list[str]) -> None:

@@ -7,6 +7,7 @@ Values are plain containers and four nouns: a name to look up (`Global`), a call
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,13 @@ class Persistent:
     key: tuple[object, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A dict that is written item by item, so that a large one never exists as objects."""
+
+    items: Iterable[tuple[object, object]]
+
+
 def dumps(value: object) -> bytes:
     """The pickle of `value`.
 
@@ -49,12 +57,12 @@ def dumps(value: object) -> bytes:
     """
     writer = _Writer()
     writer.write(value)
-    return b"\x80\x02" + b"".join(writer.out) + b"."
+    return b"\x80\x02" + bytes(writer.out) + b"."
 
 
 class _Writer:
     def __init__(self) -> None:
-        self.out: list[bytes] = []
+        self.out = bytearray()
         self.memo: dict[object, bytes] = {}
 
     def write(self, value: object) -> None:
@@ -65,12 +73,12 @@ class _Writer:
             data = value.encode("utf-8", "surrogatepass")
             self._once(value, b"X" + struct.pack("<I", len(data)) + data)
         elif value is None or isinstance(value, bool):
-            self.out.append({None: b"N", True: b"\x88", False: b"\x89"}[value])
+            self.out += {None: b"N", True: b"\x88", False: b"\x89"}[value]
         elif isinstance(value, int):
             self._int(value)
         elif isinstance(value, float):
-            self.out.append(b"G" + struct.pack(">d", value))
-        elif isinstance(value, (tuple, list, dict)):
+            self.out += b"G" + struct.pack(">d", value)
+        elif isinstance(value, (tuple, list, dict, Pairs)):
             self._container(value)
         else:
             self._noun(value)
@@ -79,47 +87,47 @@ class _Writer:
         if isinstance(value, Call):
             self.write(value.function)
             self.write(value.args)
-            self.out.append(b"R")
+            self.out += b"R"
         elif isinstance(value, Made):
             self.write(value.cls)
-            self.out.append(b")\x81")
+            self.out += b")\x81"
             if value.state is not None:
                 self.write(value.state)
-                self.out.append(b"b")
+                self.out += b"b"
         elif isinstance(value, Persistent):
             self.write(value.key)
-            self.out.append(b"Q")
+            self.out += b"Q"
         else:
             raise TypeError(f"cannot write a {type(value).__name__}")
 
-    def _container(self, value: tuple[object, ...] | list[object] | dict[object, object]) -> None:
-        if isinstance(value, dict):
-            self.out.append(b"}(")
-            for key, item in value.items():
+    def _container(self, value: tuple[object, ...] | list[object] | dict[object, object] | Pairs) -> None:
+        if isinstance(value, (dict, Pairs)):
+            self.out += b"}("
+            for key, item in value.items() if isinstance(value, dict) else value.items:
                 self.write(key)
                 self.write(item)
-            self.out.append(b"u")
+            self.out += b"u"
             return
-        self.out.append(b"(" if isinstance(value, tuple) else b"](")
+        self.out += b"(" if isinstance(value, tuple) else b"]("
         for item in value:
             self.write(item)
-        self.out.append(b"t" if isinstance(value, tuple) else b"e")
+        self.out += b"t" if isinstance(value, tuple) else b"e"
 
     def _int(self, value: int) -> None:
         if 0 <= value < 256:
-            self.out.append(b"K" + bytes([value]))
+            self.out += b"K" + bytes([value])
         elif -(2**31) <= value < 2**31:
-            self.out.append(b"J" + struct.pack("<i", value))
+            self.out += b"J" + struct.pack("<i", value)
         else:
             data = value.to_bytes((value.bit_length() // 8) + 1, "little", signed=True)
-            self.out.append(b"\x8a" + bytes([len(data)]) + data)
+            self.out += b"\x8a" + bytes([len(data)]) + data
 
     def _once(self, key: object, opcodes: bytes) -> None:
         """Names and strings repeat by the thousand: write them once and refer back."""
         reference = self.memo.get(key)
         if reference is not None:
-            self.out.append(reference)
+            self.out += reference
             return
         number = struct.pack("<I", len(self.memo))
         self.memo[key] = b"j" + number
-        self.out.append(opcodes + b"r" + number)
+        self.out += opcodes + b"r" + number

@@ -10,13 +10,13 @@ from __future__ import annotations
 import struct
 import zlib
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 from mtp_convert.containers.base import Shape
-from mtp_convert.containers.pickle_write import Call, Global, Made, Persistent, dumps
+from mtp_convert.containers.pickle_write import Call, Global, Made, Pairs, Persistent, dumps
 from mtp_convert.containers.torch_zip import STORAGES, contiguous
 from mtp_convert.encodings.dtype import BY_NAME, DType
 
@@ -137,46 +137,39 @@ def metadata_bytes(
     tensors: Mapping[str, tuple[DType, Shape]], entries: Mapping[str, Sequence[Entry]], objects: Sequence[str]
 ) -> bytes:
     """The `.metadata` pickle of torch.distributed.checkpoint for these tensors and objects."""
-    described: dict[str, object] = {}
-    storage: dict[object, object] = {}
-    for name, (dtype, shape) in tensors.items():
-        chunks: list[object] = []
-        for e in entries[name]:
-            box = {"offsets": _size(e.offset or ()), "sizes": _size(e.sizes)}
-            chunks.append(Made(Global(_DCP, "ChunkStorageMetadata"), box))
-            storage[_index(name, e.offset)] = _info(e)
-        state = {"properties": _properties(dtype), "size": _size(shape), "chunks": chunks}
-        described[name] = Made(Global(_DCP, "TensorStorageMetadata"), state)
-    for name in objects:
-        described[name] = Made(Global(_DCP, "BytesStorageMetadata"))
-        storage[_index(name, None)] = _info(entries[name][0])
     fields = {
-        "state_dict_metadata": described,
+        "state_dict_metadata": Pairs(_described(tensors, entries, objects)),
         "planner_data": None,
-        "storage_data": storage,
+        "storage_data": Pairs(_stored([*tensors, *objects], entries)),
         "storage_meta": None,
         "version": "1.0.0",
     }
     return dumps(Made(Global(_DCP, "Metadata"), fields))
 
 
+def _described(
+    tensors: Mapping[str, tuple[DType, Shape]], entries: Mapping[str, Sequence[Entry]], objects: Sequence[str]
+) -> Iterator[tuple[object, object]]:
+    """What every entry is."""
+    for name, (dtype, shape) in tensors.items():
+        boxes = [{"offsets": _size(e.offset or ()), "sizes": _size(e.sizes)} for e in entries[name]]
+        chunks = [Made(Global(_DCP, "ChunkStorageMetadata"), box) for box in boxes]
+        state = {"properties": _properties(dtype), "size": _size(shape), "chunks": chunks}
+        yield name, Made(Global(_DCP, "TensorStorageMetadata"), state)
+    for name in objects:
+        yield name, Made(Global(_DCP, "BytesStorageMetadata"))
+
+
+def _stored(names: Sequence[str], entries: Mapping[str, Sequence[Entry]]) -> Iterator[tuple[object, object]]:
+    """Where every chunk of every entry lies."""
+    for name in names:
+        for e in entries[name]:
+            index = {"fqn": name, "index": None, "offset": None if e.offset is None else _size(e.offset)}
+            yield Made(Global(_DCP, "MetadataIndex"), index), _info(e)
+
+
 def _size(shape: Shape) -> Call:
     return Call(Global("torch", "Size"), (shape,))
-
-
-class _Index(Made):
-    """A storage index; hashed by identity so that it can be the key of a dict."""
-
-    __slots__ = ()
-    __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-def _index(name: str, offset: Shape | None) -> _Index:
-    state = {"fqn": name, "index": None, "offset": None if offset is None else _size(offset)}
-    return _Index(Global(_DCP, "MetadataIndex"), state)
 
 
 def _info(entry: Entry) -> Made:

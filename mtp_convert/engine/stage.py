@@ -61,24 +61,32 @@ def _refuse_existing(target: Path, force: bool) -> None:
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
     path = target.with_name(f".{target.name}.lock")
+    fd = _locked(path, target)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _cannot(error, path) from error
-    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is locked, so that it is nobody else's
+        os.close(fd)
+
+
+def _locked(path: Path, target: Path) -> int:
+    """A locked descriptor of the lock file. Its last owner may have removed the file while we opened it: try again."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise _cannot(error, path) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        except FileNotFoundError:
+            pass
         except OSError as error:
+            os.close(fd)
             raise ConvertError(
                 "MTP075", Problem("another run is writing", str(target)), hint="wait for it to end"
             ) from error
-        yield
-        path.unlink(missing_ok=True)
-    except BaseException as error:
-        if not (isinstance(error, ConvertError) and error.code == "MTP075"):
-            path.unlink(missing_ok=True)
-        raise
-    finally:
         os.close(fd)
 
 
@@ -118,7 +126,12 @@ def _publish(stage: Path, target: Path, force: bool) -> None:
             raise ConvertError("MTP073", Problem("appeared while this run was writing", str(target)))
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
-    stage.rename(target)
+    try:
+        stage.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

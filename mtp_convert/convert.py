@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -89,26 +90,33 @@ def prepare(source: Checkpoint, options: Options) -> Job:
         padded=_padding(target, options),
     )
     tensors = [OutTensor(s, d) for s, d in zip(plan.steps, _dtypes(source, plan, options), strict=True)]
-    notes = source.notes + notes + _unpadded(source, target)
     if options.to == "megatron":
-        output = torch_dist_output(
-            tensors,
-            source.stored.tensors,
-            folder=sidecar.RELEASE,
-            objects=target.objects,
-            max_file_size=options.max_shard_size,
-        )
+        output = _megatron_output(source, options, tensors, target.objects)
         small = sidecar.megatron_small(source, options, physical, steps=steps, repeated=repeated)
     else:
-        headers, index = sidecar.carried_headers(source.located.side) if options.restore_shards else ({}, None)
-        if source.located.layout == "hf" and options.restore_shards and physical == source.dims.depths:
-            headers = dict(source.stored.headers)
-        output = safetensors_output(
-            tensors, source.stored.tensors, max_shard_size=options.max_shard_size, headers=headers
-        )
-        output = _original_index(output, index, headers)
+        output = _hf_output(source, options, tensors)
         small = sidecar.hf_small(source, physical)
+    notes = source.notes + notes + _unpadded(source, target)
     return Job(source, options, plan, output, {**small, **output.small}, physical, steps, repeated, notes)
+
+
+def _megatron_output(
+    source: Checkpoint, options: Options, tensors: Sequence[OutTensor], objects: Sequence[str]
+) -> Output:
+    return torch_dist_output(
+        tensors,
+        source.stored.tensors,
+        folder=sidecar.RELEASE,
+        objects=objects,
+        max_file_size=options.max_shard_size,
+    )
+
+
+def _hf_output(source: Checkpoint, options: Options, tensors: Sequence[OutTensor]) -> Output:
+    """The shards that the weights had as a Hugging Face folder, if they still fit; else new ones."""
+    headers, index = sidecar.shard_headers(source) if options.restore_shards else ({}, None)
+    limit = options.max_shard_size
+    return safetensors_output(tensors, source.stored.tensors, max_shard_size=limit, headers=headers, index=index)
 
 
 def run(job: Job, target: Path, *, progress: Progress | None = None) -> Result:
@@ -125,7 +133,10 @@ def run(job: Job, target: Path, *, progress: Progress | None = None) -> Result:
         for relative, content in job.small.items():
             path = stage / relative
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.read_bytes() if isinstance(content, Path) else content())
+            if isinstance(content, Path):
+                shutil.copyfile(content, path)
+            else:
+                path.write_bytes(content())
         (stage / PROVENANCE).write_text(provenance.record(job, files), encoding="utf-8")
         if _fingerprint(job.source) != before:
             raise ConvertError(
@@ -239,13 +250,6 @@ def _dtypes(source: Checkpoint, plan: Plan, options: Options) -> list[DType]:
     if problems:
         raise ConvertError("MTP028", problems, hint="choose one type with --dtype")
     return found
-
-
-def _original_index(output: Output, index: bytes | None, headers: Mapping[str, bytes]) -> Output:
-    """The source's own index, when exactly its shards are written again."""
-    if index is None or {f.path for f in output.files} != headers.keys():
-        return output
-    return Output(output.files, dict.fromkeys(output.small, lambda: index))
 
 
 def _apart(source: Path, target: Path) -> None:

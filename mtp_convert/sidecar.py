@@ -57,23 +57,22 @@ def with_depths(checkpoint: Checkpoint, depths: int) -> dict[str, Any]:
     return {**checkpoint.config, checkpoint.section[0]: section}
 
 
-def source_headers(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Raw shard headers and index of the safetensors form of the weights, by path below `hf/`."""
+def shard_headers(checkpoint: Checkpoint) -> tuple[Mapping[str, bytes], bytes | None]:
+    """Raw headers by shard name and the index of the safetensors form of the weights: its own, or what it came from."""
     if checkpoint.stored.headers:
         headers, index = checkpoint.stored.headers, checkpoint.located.weights / safetensors.INDEX
-        found = index.read_bytes() if index.is_file() else None
     else:
-        headers, found = carried_headers(checkpoint.located.side)
-    files = {f"{SOURCE_HEADERS}/{name}.header": raw for name, raw in headers.items()}
-    return files if found is None else {**files, f"{SOURCE_HEADERS}/{safetensors.INDEX}": found}
-
-
-def carried_headers(side: Path) -> tuple[Mapping[str, bytes], bytes | None]:
-    """What `source_headers` left in a Megatron folder: headers by shard name, and the index."""
-    folder = side / SOURCE_HEADERS
-    headers = {p.name.removesuffix(".header"): p.read_bytes() for p in sorted(folder.glob("*.header"))}
-    index = folder / safetensors.INDEX
+        folder = checkpoint.located.side / SOURCE_HEADERS
+        headers = {p.name.removesuffix(".header"): p.read_bytes() for p in sorted(folder.glob("*.header"))}
+        index = folder / safetensors.INDEX
     return headers, index.read_bytes() if index.is_file() else None
+
+
+def _carried_headers(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The same as files below `hf/`."""
+    headers, index = shard_headers(checkpoint)
+    files = {f"{SOURCE_HEADERS}/{name}.header": raw for name, raw in headers.items()}
+    return files if index is None else {**files, f"{SOURCE_HEADERS}/{safetensors.INDEX}": index}
 
 
 def megatron_files(args: Mapping[str, Any], folder: str, version: tuple[int, int]) -> dict[str, bytes]:
@@ -104,7 +103,7 @@ def megatron_small(source: Checkpoint, options: Options, physical: int, *, steps
     if source.family.bridge_provider:
         dtype = _most_common_dtype(source, options)
         files[f"{RELEASE}/run_config.yaml"] = run_config(source.family.bridge_provider, args, torch_dtype=dtype)
-    travelling: dict[str, Content] = {**hf_small(source, physical), **_known(source_headers(source))}
+    travelling: dict[str, Content] = {**hf_small(source, physical), **_known(_carried_headers(source))}
     return {**{f"{CARRIED}/{relative}": c for relative, c in travelling.items()}, **_known(files)}
 
 

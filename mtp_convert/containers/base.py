@@ -13,6 +13,13 @@ from typing import NamedTuple
 from mtp_convert.encodings.dtype import DType
 
 Shape = tuple[int, ...]
+LONGEST_NAME = 1024  # characters
+MOST_DIMENSIONS = 64
+
+
+def usable_name(name: object) -> bool:
+    """Whether a stored name can be shown as it is: not empty or endless, no control characters, no half characters."""
+    return isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
 
 
 class StoredChunk(NamedTuple):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mtp_convert.errors import ConvertError, Problem
 
+LONGEST_NAME = 255  # of one file or folder
+
 
 def member_path(folder: Path, name: object, where: str) -> Path:
     """The file `name` that a checkpoint file `where` refers to, directly or below `folder`.
@@ -19,7 +21,8 @@ def member_path(folder: Path, name: object, where: str) -> Path:
     """
     text = name if isinstance(name, str) else repr(name)
     parts = Path(text).parts
-    bad = not isinstance(name, str) or not parts or "\0" in text or ".." in parts or Path(text).is_absolute()
+    bad = not isinstance(name, str) or not parts or not text.isprintable() or ".." in parts or Path(text).is_absolute()
+    bad = bad or max(map(len, parts)) > LONGEST_NAME
     if not bad:
         path = folder / text
         bases = [folder.resolve(), folder.resolve().parent.parent / "blobs"]

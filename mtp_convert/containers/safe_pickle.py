@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+from mtp_convert.containers.pickle_sizes import asks_too_much
 from mtp_convert.encodings.dtype import BY_TORCH_NAME
 from mtp_convert.errors import ConvertError, Problem
 
@@ -119,6 +120,13 @@ STAND_INS: dict[str, Callable[..., object]] = {
 STAND_IN_PACKAGES = ("megatron.",)
 
 
+def _fresh(stand_in: Callable[..., object]) -> Callable[..., object]:
+    """A stand-in of its own for every pickle: a pickle can set attributes of what it names, ours must not change."""
+    if isinstance(stand_in, type):
+        return stand_in if stand_in.__module__ == "collections" else type(stand_in.__name__, (stand_in,), {})
+    return lambda *args: stand_in(*args)
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, where: str) -> None:
         super().__init__(io.BytesIO(data))
@@ -127,7 +135,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 - the signature of pickle
         full = f"{module}.{name}"
         if full in STAND_INS:
-            return STAND_INS[full]
+            return _fresh(STAND_INS[full])
         if module == "torch" and (name in BY_TORCH_NAME or name.endswith("Storage")):
             return StorageType(name)
         if module == "torch.storage" and name in ("UntypedStorage", "TypedStorage"):
@@ -152,6 +160,8 @@ def read_pickle(data: bytes, where: str) -> Any:  # noqa: ANN401 - callers check
     """
     if len(data) > LARGEST_PICKLE:
         raise ConvertError("MTP013", Problem("pickle too large", where, f"{len(data)} bytes"))
+    if asks_too_much(data):
+        raise ConvertError("MTP013", Problem("the pickle asks for more memory than its size can need", where))
     try:
         return _Unpickler(data, where).load()
     except ConvertError:

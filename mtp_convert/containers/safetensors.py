@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mtp_convert.containers.base import Shape, Stored, StoredChunk, StoredTensor
+from mtp_convert.containers.base import MOST_DIMENSIONS, Shape, Stored, StoredChunk, StoredTensor, usable_name
 from mtp_convert.containers.paths import member_path, open_regular
 from mtp_convert.encodings.dtype import BY_NAME
 from mtp_convert.errors import ConvertError, Problem
@@ -43,8 +43,14 @@ def read(folder: Path) -> Stored:
     weight_map: dict[str, str] | None = None
     warnings: list[str] = []
     if index_path.is_file():
-        weight_map = _index(index_path)
+        weight_map = _index(member_path(folder, INDEX, str(folder)))
         names = sorted(set(weight_map.values()))
+        if single.is_file() and SINGLE not in names:
+            raise ConvertError(
+                "MTP011",
+                Problem(f"both {SINGLE} and an index that does not name it", str(folder)),
+                hint="nobody can say which is meant; remove one of them",
+            )
     elif single.is_file():
         names = [SINGLE]
     else:
@@ -80,7 +86,7 @@ def _index(path: Path) -> dict[str, str]:
         weight_map = data["weight_map"]
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise TypeError("weight_map is not a table of file names")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConvertError(
             "MTP011",
             Problem(f"not a usable index: {error}", path.name),
@@ -145,20 +151,12 @@ def _tensors(path: Path, header: object, base: int, size: int) -> dict[str, Stor
     ranges: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+                raise _damaged(path, "__metadata__ is not a table of texts")
             continue
-        try:
-            dtype, shape = BY_NAME[entry["dtype"]], _shape(entry["shape"])
-            begin, end = _shape(entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, f"unusable entry {name!r}: {error}") from error
-        if end - begin != prod(shape) * dtype.itemsize:
-            raise _damaged(
-                path,
-                f"{name!r} has {end - begin} bytes, {dtype} {list(shape)} needs another number",
-            )
+        tensor, begin, end = _entry(path, name, entry, base)
         ranges.append((begin, end, name))
-        chunk = StoredChunk((0,) * len(shape), shape, path, base + begin)
-        tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
+        tensors[name] = tensor
     at = 0
     for begin, end, name in sorted(ranges):
         if begin != at:
@@ -172,9 +170,25 @@ def _tensors(path: Path, header: object, base: int, size: int) -> dict[str, Stor
     return tensors
 
 
+def _entry(path: Path, name: str, entry: Any, base: int) -> tuple[StoredTensor, int, int]:  # noqa: ANN401
+    """One tensor, and its byte range in the data block."""
+    if not usable_name(name):
+        raise _damaged(path, f"unusable name {name[:80]!r}")
+    try:
+        dtype, shape = BY_NAME[entry["dtype"]], _shape(entry["shape"])
+        begin, end = _shape(entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"unusable entry {name!r}: {error}") from error
+    if end - begin != prod(shape) * dtype.itemsize:
+        raise _damaged(path, f"{name!r} has {end - begin} bytes, {dtype} {list(shape)} needs another number")
+    return StoredTensor(name, dtype, shape, (StoredChunk((0,) * len(shape), shape, path, base + begin),)), begin, end
+
+
 def _shape(value: object) -> Shape:
-    if not isinstance(value, list) or not all(
-        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**62 for v in value
+    if (
+        not isinstance(value, list)
+        or len(value) > MOST_DIMENSIONS
+        or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**62 for v in value)
     ):
         raise TypeError("not a list of sizes")
     return tuple(value)
@@ -183,8 +197,9 @@ def _shape(value: object) -> Shape:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [k for k, _ in pairs]
-        raise _Duplicate(f"name stands twice: {next(n for n in names if names.count(n) > 1)!r}")
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise _Duplicate(f"name stands twice: {twice!r}")
     return found
 
 

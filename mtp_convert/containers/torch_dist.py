@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mtp_convert.containers import torch_zip
-from mtp_convert.containers.base import Shape, Stored, StoredChunk, StoredTensor
+from mtp_convert.containers.base import MOST_DIMENSIONS, Shape, Stored, StoredChunk, StoredTensor, usable_name
 from mtp_convert.containers.paths import member_path, open_regular
-from mtp_convert.containers.safe_pickle import Inert, read_pickle
+from mtp_convert.containers.safe_pickle import LARGEST_PICKLE, Inert, read_pickle
 from mtp_convert.encodings.dtype import BY_TORCH_NAME, DType
 from mtp_convert.errors import ConvertError, Problem
 
@@ -67,8 +67,8 @@ def read(folder: Path) -> Stored:
     training: set[str] = set()
     try:
         for name, entry in entries.items():
-            if not isinstance(name, str) or not isinstance(entry, Inert):
-                problems.append(Problem(f"entry {name!r} has no description", METADATA))
+            if not usable_name(name) or not isinstance(entry, Inert):
+                problems.append(Problem(f"entry {_shown(name)} has no usable name or description", METADATA))
             elif name.startswith(TRAINING_STATE):
                 training.add(name)
             elif entry.cls.endswith("BytesStorageMetadata"):
@@ -89,7 +89,10 @@ def _metadata(folder: Path) -> Inert:
     path = folder / METADATA
     fd = open_regular(path)
     try:
-        data = os.pread(fd, os.fstat(fd).st_size, 0)
+        size = os.fstat(fd).st_size
+        if size > LARGEST_PICKLE:
+            raise _damaged(f"{size} bytes are no checkpoint metadata", METADATA)
+        data = os.pread(fd, size, 0)
     finally:
         os.close(fd)
     meta = read_pickle(data, METADATA)
@@ -109,15 +112,19 @@ def _items(folder: Path, meta: Inert, problems: list[Problem]) -> Iterator[tuple
             raise _damaged("storage_data is not a table of byte ranges", METADATA)
         name, offset = index.get("fqn"), index.get("offset")
         start, length, relative = info.get("offset"), info.get("length"), info.get("relative_path")
+        if not usable_name(name):
+            raise _damaged(f"storage_data for the name {_shown(name)}", METADATA)
+        if not isinstance(relative, str):
+            raise _damaged(f"{name}: unusable file name {_shown(relative)}", METADATA)
         if relative not in paths:
             paths[relative] = member_path(folder, relative, METADATA)
+        place = None if offset is None else _shape(offset)
         if not (_natural(start) and _natural(length)) or info.get("transform_descriptors"):
-            problems.append(Problem(f"{name}: unusable byte range", METADATA, f"{start}+{length}"))
-            continue
-        yield (
-            (str(name), offset if offset is None else _shape(offset)),
-            Item(paths[relative], start, length),
-        )
+            problems.append(Problem(f"{name}: unusable byte range", METADATA, f"{_shown(start)}+{_shown(length)}"))
+        elif place is None and offset is not None:
+            problems.append(Problem(f"{name}: unusable chunk offset", METADATA, _shown(offset)))
+        else:
+            yield (name, place), Item(paths[relative], start, length)
 
 
 def _file_sizes(items: Mapping[Any, Item], problems: list[Problem]) -> dict[Path, int]:
@@ -145,14 +152,12 @@ def _tensor(
     problems: list[Problem],
 ) -> StoredTensor | None:
     shape, dtype = _shape(entry.get("size")), _dtype(entry.get("properties"))
-    boxes = [(_shape(c.get("offsets")), _shape(c.get("sizes"))) for c in entry.get("chunks") or ()]
-    if shape is None or dtype is None or any(o is None or s is None for o, s in boxes):
+    boxes = _boxes(entry.get("chunks"))
+    if shape is None or dtype is None or boxes is None:
         problems.append(Problem(f"{name}: unusable shape, dtype or chunks", METADATA))
         return None
     chunks = []
     for offset, size in boxes:
-        assert offset is not None
-        assert size is not None
         item = items.get((name, offset)) or items.get((name, None))
         if item is None:
             problems.append(Problem(f"{name}: chunk at {offset} is stored nowhere", METADATA))
@@ -163,6 +168,21 @@ def _tensor(
         problems.append(Problem(f"{name}: chunks overlap or leave a hole in shape {shape}", METADATA))
         return None
     return StoredTensor(name, dtype, shape, tuple(chunks))
+
+
+def _boxes(chunks: object) -> list[tuple[Shape, Shape]] | None:
+    """Offsets and sizes of all chunks, None when any is unusable."""
+    if not isinstance(chunks, list):
+        return None
+    boxes = []
+    for chunk in chunks:
+        offset, size = (
+            (_shape(chunk.get(n)) for n in ("offsets", "sizes")) if isinstance(chunk, Inert) else (None, None)
+        )
+        if offset is None or size is None:
+            return None
+        boxes.append((offset, size))
+    return boxes
 
 
 class _ItemReader:
@@ -246,9 +266,14 @@ def _overlap(a: StoredChunk, b: StoredChunk) -> bool:
 
 
 def _shape(value: object) -> Shape | None:
-    if isinstance(value, tuple) and all(_natural(v) for v in value):
+    if isinstance(value, tuple) and len(value) <= MOST_DIMENSIONS and all(_natural(v) for v in value):
         return value
     return None
+
+
+def _shown(value: object) -> str:
+    """An untrusted value in a message: plain ones as they are, anything else by its type."""
+    return repr(value)[:80] if isinstance(value, (str, int, type(None))) else f"a {type(value).__name__}"
 
 
 def _natural(value: object) -> bool:
@@ -256,10 +281,11 @@ def _natural(value: object) -> bool:
 
 
 def _dtype(properties: object) -> DType | None:
-    state = properties.state if isinstance(properties, Inert) else None
-    if isinstance(state, tuple) and state:
-        return BY_TORCH_NAME.get(str(state[0]))
-    return BY_TORCH_NAME.get(str(properties.get("dtype"))) if isinstance(properties, Inert) else None
+    if not isinstance(properties, Inert):
+        return None
+    state = properties.state
+    name = state[0] if isinstance(state, tuple) and state else properties.get("dtype")
+    return BY_TORCH_NAME.get(name) if isinstance(name, str) else None
 
 
 def _damaged(what: str, where: str) -> ConvertError:

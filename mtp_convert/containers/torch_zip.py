@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from mtp_convert.containers.base import Shape
-from mtp_convert.containers.safe_pickle import StorageType, TensorStub, read_pickle
+from mtp_convert.containers.safe_pickle import LARGEST_PICKLE, StorageType, TensorStub, read_pickle
 from mtp_convert.encodings.dtype import BY_TORCH_NAME, DType
 from mtp_convert.errors import ConvertError, Problem
 
@@ -63,6 +63,13 @@ class Damaged(Exception):
 
 def members(fd: int, start: int, length: int) -> dict[str, Member]:
     """The members of the zip in file range [start, start + length), names without the archive's folder."""
+    try:
+        return _members(fd, start, length)
+    except (struct.error, OverflowError, StopIteration) as error:
+        raise Damaged("zip records are cut short or out of range") from error
+
+
+def _members(fd: int, start: int, length: int) -> dict[str, Member]:
     tail_len = min(_TAIL, length)
     tail = os.pread(fd, tail_len, start + length - tail_len)
     at = tail.rfind(b"PK\x05\x06")
@@ -80,7 +87,11 @@ def members(fd: int, start: int, length: int) -> dict[str, Member]:
         raise Damaged("central directory outside the item")
     in_tail = offset - (length - tail_len)
     directory = tail[in_tail : in_tail + size] if in_tail >= 0 else os.pread(fd, size, start + offset)
-    return dict(_entries(fd, start, length, directory, count))
+    entries = _entries(fd, start, length, directory, count)
+    found = dict(entries)
+    if len(found) != len(entries):
+        raise Damaged("two members of one name")
+    return found
 
 
 def _entries(fd: int, start: int, length: int, directory: bytes, count: int) -> list[tuple[str, Member]]:
@@ -134,6 +145,8 @@ def read_structure(fd: int, found: dict[str, Member], where: str) -> Any:  # noq
     member = found.get("data.pkl")
     if member is None:
         raise Damaged("no data.pkl")
+    if member.size > LARGEST_PICKLE:
+        raise Damaged(f"data.pkl of {member.size} bytes")
     order = found.get("byteorder")
     if order is not None and os.pread(fd, order.size, order.start) != b"little":
         raise Damaged("big-endian tensors are not supported")

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from math import prod
 
@@ -67,18 +68,27 @@ def safetensors_output(
     *,
     max_shard_size: int,
     headers: Mapping[str, bytes] | None = None,
+    index: bytes | None = None,
 ) -> Output:
-    """Shards of at most `max_shard_size` bytes, or exactly the shards that `headers` describe if they fit."""
-    if headers and (restored := _restored(tensors, source, headers)) is not None:
-        files, where = restored
-    else:
-        files, where = _sharded(tensors, source, max_shard_size)
-    if len(files) == 1 and files[0].path == safetensors.SINGLE:
+    """Shards of at most `max_shard_size` bytes, or exactly what `headers` and `index` describe if that fits."""
+    restored = _restored(tensors, source, headers) if headers else None
+    files, where = restored or _sharded(tensors, source, max_shard_size)
+    if len(files) == 1 and not (restored and index):
         return Output(files, {})
-    total = sum(t.nbytes for t in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    text = (json.dumps(index, indent=2) + "\n").encode()
-    return Output(files, {safetensors.INDEX: lambda: text})
+    if index is None or not restored or _weight_map(index) != where:
+        total = sum(t.nbytes for t in tensors)
+        made = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        index = (json.dumps(made, indent=2) + "\n").encode()
+    return Output(files, {safetensors.INDEX: partial(bytes, index)})
+
+
+def _weight_map(index: bytes) -> object:
+    """The table inside an index file, or None."""
+    try:
+        data = json.loads(index)
+    except ValueError:
+        return None
+    return data.get("weight_map") if isinstance(data, dict) else None
 
 
 Shards = tuple[tuple[OutFile, ...], dict[str, str]]
@@ -114,23 +124,34 @@ def _file(path: str, header: bytes, members: Sequence[OutTensor], source: Mappin
 def _restored(
     tensors: Sequence[OutTensor], source: Mapping[str, StoredTensor], headers: Mapping[str, bytes]
 ) -> Shards | None:
-    """The original shards, if they hold exactly these names, types and shapes."""
+    """The shards that the headers describe, if they hold exactly these names, types and shapes without a gap."""
     by_name = {t.name: t for t in tensors}
     files, where = [], {}
     for path, raw in headers.items():
+        members = _members(raw, by_name)
+        if members is None:
+            return None
+        where.update({t.name: path for t in members})
+        files.append(_file(path, raw, members, source))
+    return (tuple(files), where) if where.keys() == by_name.keys() else None
+
+
+def _members(raw: bytes, by_name: Mapping[str, OutTensor]) -> list[OutTensor] | None:
+    """The tensors of one header in storage order; None if it is not a header of these tensors."""
+    try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
-        members = sorted(entries, key=lambda n: (entries[n]["data_offsets"], n))
-        for name in members:
-            t = by_name.get(name)
-            if t is None or [t.dtype.name, list(t.shape)] != [
-                entries[name]["dtype"],
-                entries[name]["shape"],
-            ]:
+        names = sorted(entries, key=lambda n: (entries[n]["data_offsets"], n))
+        members = [by_name[n] for n in names]
+        at = 0
+        for t in members:
+            described = {"dtype": t.dtype.name, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+            if entries[t.name] != described:
                 return None
-            where[name] = path
-        files.append(_file(path, raw, [by_name[n] for n in members], source))
-    return (tuple(files), where) if where.keys() == by_name.keys() else None
+            at += t.nbytes
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return members
 
 
 def torch_dist_output(

@@ -37,8 +37,11 @@ class Forward:
 
 def run_hf(folder: Path, ids: Tensor, *, steps: int | None = None) -> Forward:
     """Run a Nemotron-H folder with transformers, in float32."""
+    from transformers.utils import logging
+
     from mtp_convert.models.nemotron_h import NemotronHWithMTP
 
+    logging.set_verbosity_error()  # it recommends GPU kernels on every machine
     with torch.no_grad():
         out = NemotronHWithMTP.from_folder(folder, dtype=torch.float32)(ids, mtp_steps=steps)
     return Forward(out.logits, out.mtp_logits)

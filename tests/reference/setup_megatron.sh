@@ -9,9 +9,11 @@ version=${1:?usage: setup_megatron.sh VERSION}
 home=${MTP_CONVERT_REFERENCE_HOME:-$HOME/.cache/mtp-convert/reference}
 target=$home/megatron-core-$version
 base=$("${PYTHON:-python3}" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-recipe="recipe 1, megatron-core $version, beside $base"
+recipe="recipe 1, megatron-core $version"
 
-if [ "$(cat "$target/ready" 2>/dev/null)" = "$recipe" ]; then
+# An environment made from another checkout serves as well, as long as the packages it borrows are still there.
+borrowed='from importlib.util import find_spec; exit(not (find_spec("torch") and find_spec("safetensors")))'
+if [ "$(cat "$target/ready" 2>/dev/null)" = "$recipe" ] && "$target/bin/python" -c "$borrowed"; then
   echo "megatron-core $version: ready in $target"
   exit 0
 fi
@@ -40,7 +42,7 @@ install torch==2.13.0 numpy einops packaging psutil pyyaml safetensors
 "$py" -m pip install --no-deps --target "$site" --python-version 3.12 --only-binary :all: \
   "megatron-core==$version" 2>/dev/null ||
   install --no-deps --ignore-requires-python "megatron-core==$version"
-"$py" -c 'import torch, einops, psutil, yaml, packaging, safetensors, megatron.core.package_info'
+"$py" -c 'import torch, einops, psutil, yaml, packaging, safetensors, importlib.metadata as m; m.version("megatron-core")'
 
 echo "$recipe" >"$work/ready"
 rm -rf "$target"

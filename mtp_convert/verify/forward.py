@@ -41,7 +41,7 @@ def run_hf(folder: Path, ids: Tensor, *, steps: int | None = None) -> Forward:
 
     from mtp_convert.models.nemotron_h import NemotronHWithMTP
 
-    logging.set_verbosity_error()  # it recommends GPU kernels on every machine
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it recommends GPU kernels on every machine
     with torch.no_grad():
         out = NemotronHWithMTP.from_folder(folder, dtype=torch.float32)(ids, mtp_steps=steps)
     return Forward(out.logits, out.mtp_logits)

@@ -65,13 +65,20 @@ def place(meta: Any, name: str) -> Any:  # noqa: ANN401 - torch's own record
     return next(info for index, info in meta.storage_data.items() if index.fqn == name)
 
 
-def archive(data_pkl: bytes, payload: bytes = b"", *, order: bytes = b"little", packed: bool = False) -> bytes:
-    """An item as `torch.save` lays it out, by Python's own zip writer."""
+def zipped(*members: tuple[str, bytes], packed: bool = False) -> bytes:
+    """A zip of these members, by Python's own writer; names may repeat."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as zipped:
-        for name, data in (("data.pkl", data_pkl), ("byteorder", order), ("data/0", payload), ("version", b"3\n")):
-            zipped.writestr(f"archive/{name}", data)
+    method = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(file, "w", method) as archive, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Duplicate name")
+        for name, data in members:
+            archive.writestr(f"archive/{name}", data)
     return file.getvalue()
+
+
+def archive(data_pkl: bytes, payload: bytes = b"", *, order: bytes = b"little", packed: bool = False) -> bytes:
+    """An item as `torch.save` lays it out."""
+    return zipped(("data.pkl", data_pkl), ("byteorder", order), ("data/0", payload), ("version", b"3\n"), packed=packed)
 
 
 def replace_item(folder: Path, name: str, item: bytes) -> Path:
@@ -80,10 +87,10 @@ def replace_item(folder: Path, name: str, item: bytes) -> Path:
     return edit(folder, lambda m: set_fields(place(m, name), relative_path="other.distcp", offset=0, length=len(item)))
 
 
-def saved(value: object) -> bytes:
+def saved(value: object, *, legacy: bool = False) -> bytes:
     """torch.save into bytes."""
     file = io.BytesIO()
-    torch.save(value, file)
+    torch.save(value, file, _use_new_zipfile_serialization=not legacy)
     return file.getvalue()
 
 

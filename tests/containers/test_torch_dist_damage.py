@@ -118,7 +118,7 @@ def test_chunks_that_do_not_tile(folder: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_tiles_equals_counting() -> None:
     """Random boxes against a counting array."""
-    rng = __import__("random").Random(0)
+    rng = random.Random(0)
     seen = set()
     for _ in range(2000):
         shape = (rng.randint(1, 3), rng.randint(1, 3))
@@ -177,74 +177,3 @@ METADATA_FIELDS: dict[str, Callable[[Any], object]] = {
 def test_damaged_metadata_fields(folder: Path, what: str) -> None:
     text = refusal(edit(folder, METADATA_FIELDS[what]))
     assert "MetadataIndex(" not in text
-
-
-A = TENSORS["a"]
-PICKLE = archive(b"")  # replaced below where a sound pickle is wanted
-
-
-def sound_pickle() -> bytes:
-    data = frame(BY_NAME["F32"], (3, 4)).prefix
-    return data[data.index(b"\x80\x02") : data.index(b".PK\3\4") + 1]
-
-
-ITEMS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "another dtype": (lambda: saved(A.int()), r"got I32 \[3, 4\], expected F32 \[3, 4\]"),
-    "another shape": (lambda: saved(A.T.contiguous()), r"got F32 \[4, 3\]"),
-    "not contiguous": (lambda: saved(A.T.contiguous().T), "not contiguous"),
-    "expanded": (lambda: saved(torch.zeros(1).expand(3, 4)), "not contiguous"),
-    "sparse": (lambda: saved(A.to_sparse()), "asks for"),
-    "a list": (lambda: saved([A]), "holds a list"),
-    "a number": (lambda: saved(5), "holds a int"),
-    "compressed": (lambda: archive(sound_pickle(), bytes(48), packed=True), "compressed member"),
-    "big-endian": (lambda: archive(sound_pickle(), bytes(48), order=b"big"), "big-endian"),
-    "too few bytes": (lambda: archive(sound_pickle(), bytes(47)), "larger than its bytes"),
-    "no zip": (lambda: bytes(500), "no end record"),
-    "legacy torch.save": (lambda: saved_legacy(), "no end record"),
-    "an empty zip": (lambda: b"PK\5\6" + bytes(18), "no data.pkl"),
-    "a huge member count": (lambda: b"PK\5\6" + bytes(4) + b"\xff\xff\xff\xff" + bytes(10), "bad central directory"),
-    "directory outside": (lambda: b"PK\5\6" + bytes(8) + b"\xff" * 8 + b"\0\0", "outside the item"),
-    "bad zip64 locator": (lambda: b"PK\6\7" + b"\xff" * 16 + b"PK\5\6" + bytes(18), "zip"),
-    "a second data.pkl": (lambda: twice(b"archive/data.pkl"), "two members of one name"),
-    "a second payload": (lambda: twice(b"archive/data/0"), "two members of one name"),
-}
-
-
-def saved_legacy() -> bytes:
-    import io
-
-    file = io.BytesIO()
-    torch.save(A, file, _use_new_zipfile_serialization=False)
-    return file.getvalue()
-
-
-def twice(name: bytes) -> bytes:
-    """A member under the name of another."""
-    item = archive(sound_pickle(), bytes(48))
-    other = b"archive/version" if name != b"archive/data/0" else b"archive/byteord"
-    padded = name.ljust(len(other), b"/")[: len(other)]
-    if name == b"archive/data/0":
-        padded = None or b"archive/data/0\0"
-        return _two_payloads()
-    return item.replace(other, padded) if len(name) == len(padded) else _two_pickles()
-
-
-def _two_pickles() -> bytes:
-    return _zip_of(("data.pkl", sound_pickle()), ("data.pkl", sound_pickle()), ("data/0", bytes(48)))
-
-
-def _two_payloads() -> bytes:
-    return _zip_of(("data.pkl", sound_pickle()), ("data/0", bytes(48)), ("data/0", b"\1" * 48))
-
-
-def _zip_of(*members: tuple[str, bytes]) -> bytes:
-    import io
-    import warnings
-    import zipfile
-
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as zipped, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, data in members:
-            zipped.writestr(f"archive/{name}", data)
-    return file.getvalue()

@@ -49,6 +49,36 @@ def commands_page() -> str:
     return NOTE + "\n".join(lines)
 
 
+def json_page() -> str:
+    """The fields of every result that `--format json` prints."""
+    from dataclasses import fields
+
+    from mtp_convert.convert import Result
+    from mtp_convert.difference import CheckpointDifference, ParamDifference
+    from mtp_convert.fsck import FolderCheck
+    from mtp_convert.inspection import Inspection, Planned
+    from mtp_convert.roundtrip import RoundTrip
+    from mtp_convert.summary import Row
+
+    shapes = {
+        "conversions": Result,
+        "inspect": Inspection,
+        "plan, convert --dry-run": Planned,
+        "diff": CheckpointDifference,
+        "diff: differing": ParamDifference,
+        "roundtrip": RoundTrip,
+        "check": FolderCheck,
+        "inspect: rows": Row,
+    }
+    lines = ["# JSON output\n", "`--format json` prints one object with `schema_version` 1 and these fields.\n"]
+    for title, cls in shapes.items():
+        lines += [f"## {title}\n", f"{(cls.__doc__ or '').splitlines()[0]}\n", "| field | type |", "|---|---|"]
+        lines += [f"| `{f.name}` | `{f.type}` |" for f in fields(cls)]
+        lines.append("")
+    lines += ["`diff` adds `equal`, `roundtrip` and `check` add `ok`; `plan` lists every tensor under `steps`."]
+    return NOTE + "\n".join(lines) + "\n"
+
+
 def option_row(option: Any) -> str:  # noqa: ANN401 - click's own class
     """One option as a table row."""
     default = option.default if option.default not in (None, False, "") else ""
@@ -96,6 +126,7 @@ def pages() -> dict[Path, str]:
     found = {
         DOCS / "reference" / "errors.md": errors_page(),
         DOCS / "reference" / "commands.md": commands_page(),
+        DOCS / "reference" / "json.md": json_page(),
     }
     return found | {DOCS / "families" / f"{f.name}.md": family_page(f.name) for f in adapters.families()}
 

@@ -11,6 +11,8 @@ from mtp_convert import cli_run
 from mtp_convert.cli_errors import guarded
 from mtp_convert.cli_options import (
     AllowUnmapped,
+    Depths,
+    DryRun,
     Dst,
     DtypeOption,
     Ep,
@@ -21,6 +23,7 @@ from mtp_convert.cli_options import (
     HfConfig,
     Padding,
     Pp,
+    Scratch,
     Shard,
     Src,
     Steps,
@@ -116,7 +119,7 @@ def convert(
     make_vocab_size_divisible_by: Padding = 1,
     max_shard_size: Shard = "",
     allow_unmapped: AllowUnmapped = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    dry_run: DryRun = False,
     force: Force = False,
     threads: Threads = None,
     fmt: Format = "human",
@@ -178,7 +181,7 @@ def roundtrip(
     src: Src,
     via: Via = "",
     hf_config: HfConfig = None,
-    scratch: Annotated[Path | None, typer.Option("--scratch", help="Folder for the temporary files.")] = None,
+    scratch: Scratch = None,
     fmt: Format = "human",
 ) -> None:
     """There and back: every byte compared, nothing kept. Exit code 5 when anything differs."""
@@ -252,7 +255,7 @@ def fold(
 def unfold(
     src: Src,
     dst: Dst,
-    depths: Annotated[int, typer.Option("--depths", min=1, help="Equal depths to write.")],
+    depths: Depths,
     hf_config: HfConfig = None,
     force: Force = False,
     fmt: Format = "human",

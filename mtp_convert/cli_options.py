@@ -37,7 +37,7 @@ AllowUnmapped = Annotated[
     ),
 ]
 DtypeOption = Annotated[
-    Literal["auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"],
+    Literal["auto", "bf16", "fp16", "fp32"],
     option("--dtype", help="Element type; auto: as stored.", panel="Output", env="DTYPE"),
 ]
 Shard = Annotated[
@@ -100,14 +100,17 @@ Format = Annotated[
 ]
 
 
-To = Annotated[
-    Literal["hf", "megatron"], typer.Option("--to", help="Target layout.", envvar="MTP_CONVERT_TO", show_envvar=False)
-]
+To = Annotated[Literal["hf", "megatron"], option("--to", help="Target layout.", panel="Output", env="TO")]
 Via = Annotated[
     Literal["hf", "megatron", ""],
-    typer.Option("--via", help="Layout in between; by default the other one.", show_default=False),
+    option("--via", help="Layout in between; by default the other one.", panel="Check", env="VIA"),
 ]
 ForceFold = Annotated[
     Literal["mean", "first", ""],
-    typer.Option("--force-fold", help="What the one depth becomes when the depths differ.", show_default=False),
+    option("--force-fold", help="What the one depth becomes when depths differ.", panel="Output", env="FORCE_FOLD"),
+]
+Depths = Annotated[int, option("--depths", help="Equal depths to write.", panel="Output", env="DEPTHS")]
+DryRun = Annotated[bool, option("--dry-run", help="Only show the plan.", panel="Output", env="DRY_RUN")]
+Scratch = Annotated[
+    Path | None, option("--scratch", help="Folder for the temporary files.", panel="Check", env="SCRATCH")
 ]

@@ -28,11 +28,11 @@ def find(config: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]:
         ConvertError: MTP021, naming the known model types.
     """
     known = {t: f for f in families() for t in f.model_types}
-    if config.get("model_type") in known:
+    if str(config.get("model_type")) in known:
         return known[str(config["model_type"])], ()
     for nested in NESTED:
         section = config.get(nested)
-        if isinstance(section, dict) and section.get("model_type") in known:
+        if isinstance(section, dict) and str(section.get("model_type")) in known:
             return known[str(section["model_type"])], (nested,)
     raise ConvertError(
         "MTP021",

@@ -25,6 +25,7 @@ LETTERS = {
     "mlp": "-",
     "moe": "E",
 }
+MOST = 1 << 16  # experts or depths; a layout lists every one of them
 MTP_PATTERN = ("mtp_hybrid_override_pattern", "mtp_layers_block_type")
 
 
@@ -53,8 +54,10 @@ def dims(config: Config, depths: int) -> NemotronDims:
     if declared is not None and declared != len(pattern):
         raise ConfigError(f"num_hidden_layers is {declared}, the pattern {pattern!r} has {len(pattern)}")
     used = set(pattern + mtp)
-    heads = number(config, "num_attention_heads")
-    head_dim = config.get("head_dim") or config.get("attention_head_dim") or H // heads
+    heads, groups = number(config, "num_attention_heads"), number(config, "num_key_value_heads")
+    if heads % groups:
+        raise ConfigError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
+    head_dim = next((number(config, f) for f in ("head_dim", "attention_head_dim") if config.get(f)), H // heads)
     return NemotronDims(
         H=H,
         V=number(config, "vocab_size"),
@@ -65,8 +68,8 @@ def dims(config: Config, depths: int) -> NemotronDims:
         attention=b.Attention(
             H,
             heads,
-            number(config, "num_key_value_heads"),
-            int(head_dim),
+            groups,
+            head_dim,
             bool(config.get("attention_bias")),
         ),
         mlp=b.Mlp(
@@ -95,21 +98,22 @@ def _mamba(config: Config, H: int) -> b.Mamba:
 
 
 def _moe(config: Config, H: int) -> b.Moe:
-    latent = config.get("moe_latent_size")
+    if config.get("mlp_bias"):
+        raise ConfigError("mlp_bias gives shared experts a bias, which Megatron's shared experts cannot have")
     return b.Moe(
         H,
-        E=number(config, "n_routed_experts"),
+        E=number(config, "n_routed_experts", MOST),
         I=number(config, "moe_intermediate_size"),
         S=number(config, "moe_shared_expert_intermediate_size"),
-        latent=int(latent) if latent else None,
+        latent=number(config, "moe_latent_size") if config.get("moe_latent_size") else None,
     )
 
 
-def number(config: Config, field: str) -> int:
-    """A positive whole number of the config."""
+def number(config: Config, field: str, most: int = 2**40) -> int:
+    """A positive whole number of the config, at most `most`."""
     value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**40:
-        raise ConfigError(f"{field} must be a positive whole number, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise ConfigError(f"{field} must be a positive whole number up to {most}, got {value!r}")
     return value
 
 
@@ -119,6 +123,8 @@ def read_pattern(config: Config, text: str, listed: str) -> str:
     if config.get(text) is not None:
         found[text] = str(config[text]).replace("|", "")
     if config.get(listed) is not None:
+        if not isinstance(config[listed], list):
+            raise ConfigError(f"{listed} must be a list, got {config[listed]!r}")
         unknown = sorted({str(x) for x in config[listed]} - LETTERS.keys())
         if unknown:
             raise ConfigError(f"{listed} names unknown block kinds: {', '.join(unknown)}")
@@ -219,7 +225,9 @@ def places(d: NemotronDims) -> Iterator[Placed]:
 
 def declared_depths(config: Config) -> int:
     """`num_nextn_predict_layers`, absent in models without MTP."""
-    return int(config.get("num_nextn_predict_layers") or 0)
+    if config.get("num_nextn_predict_layers") in (None, 0):
+        return 0
+    return number(config, "num_nextn_predict_layers", MOST)
 
 
 def with_depths(config: Config, depths: int) -> dict[str, Any]:

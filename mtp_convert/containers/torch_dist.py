@@ -243,12 +243,11 @@ def _tiles(shape: Shape, chunks: list[StoredChunk]) -> bool:
     for c in chunks:
         if len(c.offset) != len(shape) or any(o + n > s for o, n, s in zip(c.offset, c.sizes, shape, strict=True)):
             return False
-    if sum(prod(c.sizes) for c in chunks) != prod(shape):
+    filled = [c for c in chunks if prod(c.sizes)]
+    if sum(prod(c.sizes) for c in filled) != prod(shape):
         return False
-    # Volumes agree, so a hole means an overlap: cut along every chunk edge per dimension and look at a grid.
-    return len({c.offset for c in chunks if prod(c.sizes)}) == len([c for c in chunks if prod(c.sizes)]) and not any(
-        _overlap(a, b) for a, b in _neighbours(chunks)
-    )
+    # Volumes agree, so a hole means an overlap.
+    return len({c.offset for c in filled}) == len(filled) and not any(_overlap(a, b) for a, b in _neighbours(filled))
 
 
 def _neighbours(chunks: list[StoredChunk]) -> Iterator[tuple[StoredChunk, StoredChunk]]:

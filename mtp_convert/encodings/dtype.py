@@ -54,8 +54,5 @@ CAST_TARGETS: dict[str, DType] = {
     "bf16": BY_NAME["BF16"],
     "fp16": BY_NAME["F16"],
     "fp32": BY_NAME["F32"],
-    "bfloat16": BY_NAME["BF16"],
-    "float16": BY_NAME["F16"],
-    "float32": BY_NAME["F32"],
 }
 FLOATS: frozenset[str] = frozenset({"F64", "F32", "F16", "BF16"})

@@ -70,8 +70,14 @@ class Family:
             yield dict(zip(words, combo, strict=True))
 
     def fit(self, name: str, dims: Dims, stored: frozenset[str]) -> Layout:
-        """The spelling of layout `name` that explains most of the stored names, chosen word by word."""
-        best = self.layout(name, dims)
+        """The spelling of layout `name` that explains most of the stored names.
+
+        The ends of the model decide first, over all combinations, because some words help only together; the rest is
+        chosen word by word.
+        """
+        ends = [next(self.places(dims))]
+        start = max(self.spellings(name), key=lambda words: len(stored & build(name, ends, words).bindings.keys()))
+        best = self.layout(name, dims, start)
         score = len(stored & best.bindings.keys())
         for word, spellings in self.choices[name].items():
             if score == len(best.bindings):

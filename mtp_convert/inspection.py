@@ -11,7 +11,7 @@ from typing import Any
 
 from mtp_convert.checkpoint import Checkpoint
 from mtp_convert.convert import Job
-from mtp_convert.engine.runner import WINDOW, default_threads
+from mtp_convert.engine.runner import THREADS, WINDOW
 from mtp_convert.summary import Row, collapse
 
 SCHEMA = 1
@@ -113,7 +113,7 @@ class Planned:
 
 def describe(job: Job, target: Path | None) -> Planned:
     """Summarise a prepared job."""
-    threads = job.options.threads or default_threads()
+    threads = job.options.threads or THREADS
     place = next((p for p in (target or Path.cwd()).absolute().parents if p.exists()), Path("/"))
     tensors = job.source.stored.tensors
     steps = [

@@ -7,10 +7,13 @@ import signal
 import sys
 
 import pytest
+import torch
 from _kit import Cli, Outcome
 
 from mtp_convert.cli import app
 from mtp_convert.cli_errors import guarded
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 
 @pytest.fixture

@@ -54,6 +54,8 @@ def dims(config: Config, depths: int) -> NemotronDims:
     if declared is not None and declared != len(pattern):
         raise ConfigError(f"num_hidden_layers is {declared}, the pattern {pattern!r} has {len(pattern)}")
     used = set(pattern + mtp)
+    if config.get("mlp_bias") and "E" in (pattern + mtp if depths else pattern):
+        raise ConfigError("mlp_bias gives shared experts a bias, which Megatron's shared experts cannot have")
     heads, groups = number(config, "num_attention_heads"), number(config, "num_key_value_heads")
     if heads % groups:
         raise ConfigError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
@@ -98,8 +100,6 @@ def _mamba(config: Config, H: int) -> b.Mamba:
 
 
 def _moe(config: Config, H: int) -> b.Moe:
-    if config.get("mlp_bias"):
-        raise ConfigError("mlp_bias gives shared experts a bias, which Megatron's shared experts cannot have")
     return b.Moe(
         H,
         E=number(config, "n_routed_experts", MOST),

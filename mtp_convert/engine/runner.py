@@ -27,6 +27,8 @@ WINDOW = 4 << 20  # bytes; larger buffers fall out of the CPU cache, smaller one
 PAGE = 4096
 DIRECT_FROM = 16 << 20  # bytes; below this a file is written through the page cache
 
+THREADS = 4  # requests in flight: cold reads gain from depth, even on two cores; more gains nothing
+
 Progress = Callable[[int], None]
 
 
@@ -50,11 +52,6 @@ class _Target:
     digests: list[bytes] = field(default_factory=list)
 
 
-def default_threads() -> int:
-    """Two to four: past that a disk gains nothing."""
-    return max(2, min(4, os.cpu_count() or 2))
-
-
 def write_files(
     files: Sequence[OutFile],
     folder: Path,
@@ -68,9 +65,10 @@ def write_files(
         ConvertError: MTP040 cannot write, MTP041 the source became shorter, MTP042 cannot read.
     """
     run = _Run(folder, progress or (lambda n: None), _windows(files))
-    pool = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="mtp-convert")
+    threads = threads or THREADS
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="mtp-convert")
     try:
-        jobs = [pool.submit(run.work) for _ in range(threads or default_threads())]
+        jobs = [pool.submit(run.work) for _ in range(threads)]
         wait(jobs)
         for job in jobs:
             job.result()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Protocol
 
 from mtp_convert.mapping.layout import Layout, LayoutError, build
-from mtp_convert.mapping.rules import Placed, Words
+from mtp_convert.mapping.rules import Placed, Rule, Words, fields_of
 
 Config = Mapping[str, Any]
 
@@ -63,11 +63,17 @@ class Family:
         """The released spelling of a layout."""
         return {word: spellings[0] for word, spellings in self.choices[name].items()}
 
-    def spellings(self, name: str) -> Iterator[dict[str, str]]:
-        """Every combination of spellings of a layout, the released one first."""
-        words = list(self.choices[name])
+    def spellings(self, name: str, words: Iterable[str] | None = None) -> Iterator[dict[str, str]]:
+        """Every combination of spellings of a layout (of `words`, the others as released), the released one first."""
+        words = list(self.choices[name] if words is None else words)
         for combo in product(*(self.choices[name][w] for w in words)):
-            yield dict(zip(words, combo, strict=True))
+            yield {**self.default_words(name), **dict(zip(words, combo, strict=True))}
+
+    def _words_of(self, name: str, place: Placed) -> list[str]:
+        """The words that the tensor names of a place depend on."""
+        rows = [row.tensor for row in place.block.rows[name] if isinstance(row, Rule)]
+        used = {field for template in (place.prefixes[name], *rows) for field in fields_of(template)}
+        return [word for word in self.choices[name] if word in used]
 
     def fit(self, name: str, dims: Dims, stored: frozenset[str]) -> Layout:
         """The spelling of layout `name` that explains most of the stored names.
@@ -76,7 +82,8 @@ class Family:
         chosen word by word.
         """
         ends = [next(self.places(dims))]
-        start = max(self.spellings(name), key=lambda words: len(stored & build(name, ends, words).bindings.keys()))
+        starts = self.spellings(name, self._words_of(name, ends[0]))
+        start = max(starts, key=lambda words: len(stored & build(name, ends, words).bindings.keys()))
         best = self.layout(name, dims, start)
         score = len(stored & best.bindings.keys())
         for word, spellings in self.choices[name].items():

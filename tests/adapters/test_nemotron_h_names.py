@@ -124,9 +124,7 @@ def test_a_tied_head_is_a_copy() -> None:
 
 
 def test_every_param_has_one_home_in_every_layout() -> None:
-    config = tiny(
-        "M*E-", moe_latent_size=8, attention_bias=True, mlp_bias=True, mtp_layers_block_type=["attention", "moe"]
-    )
+    config = tiny("M*E-", moe_latent_size=8, attention_bias=True, mtp_layers_block_type=["attention", "moe"])
     hf, megatron = layout(config, "hf", 2), layout(config, "megatron", 2)
     assert hf.params.keys() == megatron.params.keys() == hf.home.keys() == megatron.home.keys()
     assert {n for n, p in hf.params.items() if p.vocab} == {"embedding", "head"}

@@ -157,7 +157,7 @@ def test_a_disk_that_fills_up_later_stops_every_worker(tmp_path: Path, monkeypat
 
     def fills_up(fd: int, data: memoryview, at: int) -> int:
         done[0] += 1
-        if done[0] > 5:
+        if done[0] == 6:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd, data[: max(1, len(data) // 2)], at)  # short writes are continued
 
@@ -166,7 +166,7 @@ def test_a_disk_that_fills_up_later_stops_every_worker(tmp_path: Path, monkeypat
     with pytest.raises(ConvertError, match="No space left") as caught:
         write_files([OutFile(str(i), [Literal(bytes(WINDOW))]) for i in range(50)], tmp_path, threads=3)
     assert caught.value.code == "MTP040"
-    assert done[0] < 12
+    assert done[0] < 20
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 

@@ -70,6 +70,24 @@ def test_every_way_to_copy_gives_the_same_bytes(
         check_windows(kinds, itemsize, rng, (2 * rng.randint(1, 6), rng.randint(1, 9)))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "source", "target", "runs"),
+    [
+        ((3, 4, 2), (8, 2, 1), (8, 2, 1), [(24, 1, 1)]),
+        ((3, 4, 2), (80, 2, 1), (8, 2, 1), [(3, 80, 8), (8, 1, 1)]),
+        ((3, 1, 2), (2, 99, 1), (2, 7, 1), [(6, 1, 1)]),
+        ((4, 3, 2), (2, 8, 1), (6, 2, 1), [(4, 2, 6), (3, 8, 2), (2, 1, 1)]),
+        ((4, 3, 2), (2, 8, 1), (2, 8, 1), [(24, 1, 1)]),
+        ((5, 1), (3, 1), (1, 1), [(5, 3, 1), (1, 1, 1)]),
+        ((1, 1), (9, 1), (9, 1), [(1, 1, 1)]),
+    ],
+)
+def test_a_box_is_reduced_to_its_fewest_runs(
+    sizes: Shape, source: Shape, target: Shape, runs: list[tuple[int, int, int]]
+) -> None:
+    assert gather.reduce(sizes, source, target) == runs
+
+
 def test_a_tiny_scratch_buffer_really_cuts_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     whole = Reader._in_parts

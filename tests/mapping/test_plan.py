@@ -106,6 +106,20 @@ def test_equal_fused_tensors_are_one_copy() -> None:
         assert origin.block.sizes == step.shape
 
 
+def test_equal_params_in_another_order_are_no_copy() -> None:
+    """Same params, same shape, other interleave: the case in which a plain copy would be silently wrong."""
+    block = Block(
+        (Param("q", (4, 2)), Param("k", (2, 2))),
+        {"flat": (rule("t", "q", "k", op=Concat(0)),), "grouped": (rule("t", "q", "k", op=Grouped(2)),)},
+    )
+    flat, grouped = (build(n, [Placed(block, "", {n: ""})], {}) for n in ("flat", "grouped"))
+    params = numbered(flat)
+    for source, target in ((flat, grouped), (grouped, flat)):
+        (step,) = make_plan(source, target).steps
+        assert step.op not in ("copy", "rename")
+        assert np.array_equal(carried_out(step, stored(source, params)), stored(target, params)["t"])
+
+
 def test_one_chunk_of_a_stack_reads_only_its_own_params() -> None:
     fine, _, stacked = layouts()
     step = next(s for s in make_plan(fine, stacked).steps if s.tensor == "decoder.experts")

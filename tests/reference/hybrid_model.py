@@ -65,7 +65,7 @@ def base_settings(config: Config, dtype: torch.dtype) -> Config:
         "mamba_num_groups": config["n_groups"],
         "is_hybrid_model": True,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": config["layer_norm_epsilon"],
+        "layernorm_epsilon": config.get("layer_norm_epsilon", 1e-5),
         "activation_func": squared_relu,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,

@@ -141,6 +141,12 @@ def test_classes_of_megatron_are_inert() -> None:
     assert "megatron" not in sys.modules
 
 
+def test_names_are_not_taken_for_opcodes() -> None:
+    """A search for memory bombs must step over the lines of a GLOBAL: here they read like requests of gigabytes."""
+    found = read_pickle(b"cmegatron.core\nrzzzzz\n(Vrzzzzz\nX\6\0\0\0rzzzzztR.", "x")
+    assert found.args == ("rzzzzz", "rzzzzz")
+
+
 @pytest.mark.parametrize("full", sorted(STAND_INS))
 def test_a_pickle_cannot_change_a_stand_in(full: str) -> None:
     """Setting attributes (BUILD with a slot state) reaches nothing that a later pickle or the program sees."""

@@ -166,7 +166,7 @@ def test_a_disk_that_fills_up_later_stops_every_worker(tmp_path: Path, monkeypat
     with pytest.raises(ConvertError, match="No space left") as caught:
         write_files([OutFile(str(i), [Literal(bytes(WINDOW))]) for i in range(50)], tmp_path, threads=3)
     assert caught.value.code == "MTP040"
-    assert done[0] < 20
+    assert done[0] < 300  # of 700
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 

@@ -135,12 +135,14 @@ def open_checkpoint(path: Path, *, hf_config: Path | None = None, allow_unmapped
         dims = family.dims(model, declared)
         layout = family.fit(located.layout, dims, names)
         physical = family.stored_depths(layout, dims, names)
-        steps, repeated, notes = _depths(declared, physical, stored)
+        noted = _provenance(located)
+        steps, repeated, notes = _depths(declared, physical, stored, noted)
         if physical != declared:
             dims = with_depths(dims, physical)
             layout = family.fit(located.layout, dims, names)
     except ConfigError as error:
-        raise ConvertError("MTP020", Problem(str(error), "config.json")) from error
+        hint = "correct config.json, or give the right one with --hf-config"
+        raise ConvertError("MTP020", Problem(str(error), "config.json"), hint=hint) from error
     copies, unmapped = _agree(layout, stored, allow_unmapped)
     if unmapped:
         notes += (f"{len(unmapped)} stored tensors are not part of {family.name} and stay behind",)
@@ -157,7 +159,7 @@ def open_checkpoint(path: Path, *, hf_config: Path | None = None, allow_unmapped
         repeated,
         copies,
         unmapped,
-        _provenance(located),
+        noted,
         notes + stored.warnings,
     )
 
@@ -173,7 +175,7 @@ def read_config(path: Path, located: Located) -> dict[str, Any]:
         raise ConvertError("MTP020", Problem("no config.json", str(path)), hint=hint)
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvertError("MTP020", Problem(f"not JSON: {error}", str(path)), hint=hint) from error
     if not isinstance(config, dict):
         raise ConvertError("MTP020", Problem("not a JSON object", str(path)), hint=hint)
@@ -192,16 +194,17 @@ def _provenance(located: Located) -> dict[str, Any]:
     return {}
 
 
-def _depths(declared: int, physical: int, stored: Stored) -> tuple[int, bool, tuple[str, ...]]:
+def _depths(
+    declared: int, physical: int, stored: Stored, provenance: Mapping[str, Any]
+) -> tuple[int, bool, tuple[str, ...]]:
     """Steps that run, whether one depth is repeated, and what to tell the user.
 
     A config that declares several depths over one stored depth describes a repeated layer (Megatron-Bridge exported
-    such folders). Megatron's own arguments say it outright.
+    such folders). Megatron's own arguments say it outright, and an earlier conversion noted it.
     """
-    args = stored.arguments.get("args")
-    trained = args.get("mtp_num_layers") if isinstance(args, dict) else None
-    if isinstance(args, dict) and args.get("mtp_use_repeated_layer") and physical == 1 and trained:
-        return int(trained), int(trained) > 1, ()
+    steps = _repeated_steps(stored, provenance) if physical == 1 and declared <= 1 else 0
+    if steps > 1 and declared == physical:
+        return steps, True, ()
     if declared == physical:
         return physical, False, ()
     if declared > 1 and physical == 1:
@@ -218,6 +221,18 @@ def _depths(declared: int, physical: int, stored: Stored) -> tuple[int, bool, tu
         hint=f"set num_nextn_predict_layers to {physical} if the weights are complete"
         + ("; else fetch the missing MTP tensors" if declared > physical else ""),
     )
+
+
+def _repeated_steps(stored: Stored, provenance: Mapping[str, Any]) -> int:
+    """How often the one stored depth runs, if that is known from elsewhere than the config; else 0."""
+    args, mtp = stored.arguments.get("args"), provenance.get("mtp")
+    if isinstance(args, dict) and args.get("mtp_use_repeated_layer"):
+        steps = args.get("mtp_num_layers")
+    elif isinstance(mtp, dict) and mtp.get("repeated_layer") is True and not args:
+        steps = mtp.get("steps")
+    else:
+        steps = 0
+    return steps if isinstance(steps, int) and 0 < steps < 2**16 else 0
 
 
 def _agree(layout: Layout, stored: Stored, allow_unmapped: bool) -> tuple[frozenset[str], tuple[str, ...]]:

@@ -282,11 +282,8 @@ def families(fmt: Format = "human") -> None:
     ]
     if fmt == "json":
         render.show_json({"schema_version": 1, "families": rows})
-        return
-    for f in adapters.families():
-        print(f"{f.name}: {f.title}\n  model_type {', '.join(f.model_types)}; layouts {', '.join(f.choices)}")
-        for note in f.notes:
-            print(f"  - {note}")
+    elif fmt == "human":
+        render.show_families(adapters.families())
 
 
 @app.command("explain", rich_help_panel="Look")

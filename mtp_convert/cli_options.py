@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 
-def option(*names: str, help: str, panel: str, env: str) -> Any:  # noqa: ANN401 - typer's own names
+def option(*names: str, help: str, panel: str, env: str, least: int | None = None) -> Any:  # noqa: ANN401 - typer's own names
     """An option with its MTP_CONVERT_* variable."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, envvar=f"MTP_CONVERT_{env}", show_envvar=False)
+    return typer.Option(
+        *names, help=help, rich_help_panel=panel, min=least, envvar=f"MTP_CONVERT_{env}", show_envvar=False
+    )
 
 
 Src = Annotated[
@@ -48,7 +50,7 @@ Force = Annotated[
     bool,
     option("--force", help="Replace DST once the new one is complete.", panel="Output", env="FORCE"),
 ]
-Threads = Annotated[int | None, option("--threads", help="Copy threads.", panel="Output", env="THREADS")]
+Threads = Annotated[int | None, option("--threads", help="Copy threads.", panel="Output", env="THREADS", least=1)]
 Version = Annotated[
     str,
     option(
@@ -65,6 +67,7 @@ Steps = Annotated[
         help="MTP depths to run; more than one over one stored depth is a repeated layer.",
         panel="Megatron",
         env="MTP_NUM_LAYERS",
+        least=1,
     ),
 ]
 Tp = Annotated[
@@ -75,16 +78,19 @@ Tp = Annotated[
         help="Checked, and written to args; torch_dist loads at any size.",
         panel="Megatron",
         env="TP",
+        least=1,
     ),
 ]
 Pp = Annotated[
     int,
-    option("--pp", "--pipeline-model-parallel-size", help="As --tp.", panel="Megatron", env="PP"),
+    option("--pp", "--pipeline-model-parallel-size", help="As --tp.", panel="Megatron", env="PP", least=1),
 ]
-Ep = Annotated[int, option("--ep", "--expert-model-parallel-size", help="As --tp.", panel="Megatron", env="EP")]
+Ep = Annotated[
+    int, option("--ep", "--expert-model-parallel-size", help="As --tp.", panel="Megatron", env="EP", least=1)
+]
 Etp = Annotated[
     int,
-    option("--etp", "--expert-tensor-parallel-size", help="As --tp.", panel="Megatron", env="ETP"),
+    option("--etp", "--expert-tensor-parallel-size", help="As --tp.", panel="Megatron", env="ETP", least=1),
 ]
 Padding = Annotated[
     int,
@@ -93,6 +99,7 @@ Padding = Annotated[
         help="Pad vocabulary rows to a multiple of this times --tp.",
         panel="Megatron",
         env="MAKE_VOCAB_SIZE_DIVISIBLE_BY",
+        least=1,
     ),
 ]
 Format = Annotated[
@@ -109,7 +116,7 @@ ForceFold = Annotated[
     Literal["mean", "first", ""],
     option("--force-fold", help="What the one depth becomes when depths differ.", panel="Output", env="FORCE_FOLD"),
 ]
-Depths = Annotated[int, option("--depths", help="Equal depths to write.", panel="Output", env="DEPTHS")]
+Depths = Annotated[int, option("--depths", help="Equal depths to write.", panel="Output", env="DEPTHS", least=1)]
 DryRun = Annotated[bool, option("--dry-run", help="Only show the plan.", panel="Output", env="DRY_RUN")]
 Scratch = Annotated[
     Path | None, option("--scratch", help="Folder for the temporary files.", panel="Check", env="SCRATCH")

@@ -64,11 +64,6 @@ def make_options(to: str, **given: Any) -> Options:  # noqa: ANN401 - forwarded 
 
     size = given.pop("max_shard_size", None)
     sizes = {k: given.pop(k, 1) for k in ("tensor", "pipeline", "expert", "expert_tensor")}
-    if bad := [k for k, n in sizes.items() if n < 1]:
-        raise ConvertError(
-            "MTP001",
-            Problem(f"{bad[0]} parallel size", got=str(sizes[bad[0]]), expected="1 or more"),
-        )
     if size:
         given |= {"max_shard_size": parse_size(size), "restore_shards": False}
     return Options(to, parallel=sizes, **given)

@@ -82,20 +82,22 @@ def prepare(source: Checkpoint, options: Options) -> Job:
     dims = with_depths(source.dims, physical)
     alias, notes = folding(source, physical, options.force_fold)
     target = family.layout(options.to, dims, {**provenance.words(source, options.to), **options.words})
+    padded = _padding(source, target, options)
     plan = make_plan(
         source.layout,
         target,
         alias=alias,
         copies=provenance.copies(source, target),
-        padded=_padding(target, options),
+        padded=padded,
     )
     tensors = [OutTensor(s, d) for s, d in zip(plan.steps, _dtypes(source, plan, options), strict=True)]
     if options.to == "megatron":
         output = _megatron_output(source, options, tensors, target.objects)
-        small = sidecar.megatron_small(source, options, physical, steps=steps, repeated=repeated)
+        rows = max(padded.values(), default=0)
+        small = sidecar.megatron_small(source, options, physical, steps=steps, repeated=repeated, rows=rows)
     else:
         output = _hf_output(source, options, tensors)
-        small = sidecar.hf_small(source, physical)
+        small = sidecar.hf_small(source, options, physical)
     notes = source.notes + notes + _unpadded(source, target)
     return Job(source, options, plan, output, {**small, **output.small}, physical, steps, repeated, notes)
 
@@ -115,6 +117,9 @@ def _megatron_output(
 def _hf_output(source: Checkpoint, options: Options, tensors: Sequence[OutTensor]) -> Output:
     """The shards that the weights had as a Hugging Face folder, if they still fit; else new ones."""
     headers, index = sidecar.shard_headers(source) if options.restore_shards else ({}, None)
+    if source.located.layout == "hf":  # new shards keep the order of the old ones
+        order = {name: i for i, name in enumerate(source.stored.tensors)}
+        tensors = sorted(tensors, key=lambda t: min(order[n] for n in t.step.sources))
     limit = options.max_shard_size
     return safetensors_output(tensors, source.stored.tensors, max_shard_size=limit, headers=headers, index=index)
 
@@ -214,11 +219,13 @@ def _supported(source: Checkpoint, options: Options, physical: int) -> None:
         )
 
 
-def _padding(target: Layout, options: Options) -> dict[str, int]:
-    """Rows of vocabulary tensors in a Megatron target."""
-    multiple = options.padding * (options.parallel.get("tensor", 1) if options.padding > 1 else 1)
-    if options.to != "megatron" or multiple == 1:
+def _padding(source: Checkpoint, target: Layout, options: Options) -> dict[str, int]:
+    """Rows of vocabulary tensors in a Megatron target: what is asked for, or what the weights had there before."""
+    if options.to != "megatron":
         return {}
+    if options.padding == 1:
+        return provenance.padded(source, target)
+    multiple = options.padding * options.parallel.get("tensor", 1)
     return {n: -(-b.shape[0] // multiple) * multiple for n, b in target.bindings.items() if b.vocab}
 
 
@@ -237,6 +244,9 @@ def _dtypes(source: Checkpoint, plan: Plan, options: Options) -> list[DType]:
     Raises:
         ConvertError: MTP028 when one target tensor is made of tensors of several types.
     """
+    if options.dtype not in ("auto", *CAST_TARGETS):
+        known = ", ".join(CAST_TARGETS)
+        raise ConvertError("MTP001", Problem("dtype", got=options.dtype, expected=f"auto, {known}"))
     cast = CAST_TARGETS.get(options.dtype)
     found, problems = [], []
     for step in plan.steps:

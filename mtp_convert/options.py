@@ -62,9 +62,9 @@ def parse_size(text: str) -> int:
     digits = clean.rstrip("KMGIB")
     unit = clean[len(digits) :] or "B"
     try:
-        value = float(digits) * UNITS[unit]
-    except (ValueError, KeyError):
+        value = int(float(digits) * UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
         value = 0
     if value < 1:
         raise ConvertError("MTP001", Problem("size", got=text, expected="a number with B, KB, MB, GB, MiB or GiB"))
-    return int(value)
+    return value

@@ -41,6 +41,23 @@ def copies(source: Checkpoint, target: Layout) -> frozenset[str]:
     return frozenset(c for c in noted if c in target.copies) if isinstance(noted, list) else frozenset()
 
 
+def padded(source: Checkpoint, target: Layout) -> dict[str, int]:
+    """Rows of padded vocabulary tensors, if the weights had padding in this layout."""
+    if source.located.layout == target.name:
+        noted: object = _padded_now(source)
+    else:
+        noted = remembered(source, target.name).get("padded")
+    if not isinstance(noted, dict):
+        return {}
+    vocab = {n: b.shape[0] for n, b in target.bindings.items() if b.vocab}
+    return {n: r for n, r in noted.items() if n in vocab and isinstance(r, int) and vocab[n] < r < 2 * vocab[n] + 2**16}
+
+
+def _padded_now(source: Checkpoint) -> dict[str, int]:
+    found = {b.tensor: source.tensor(b.tensor).shape[0] for b in source.layout.bindings.values() if b.vocab}
+    return {n: rows for n, rows in found.items() if rows != source.layout.bindings[n].shape[0]}
+
+
 def record(job: Job, files: tuple[Written, ...]) -> str:
     """mtp_convert.json: where every number came from, without times, hosts or users."""
     source = job.source
@@ -77,5 +94,5 @@ def record(job: Job, files: tuple[Written, ...]) -> str:
 def _layouts(source: Checkpoint) -> dict[str, Any]:
     """The last form that the weights had in every layout, so that going back restores it."""
     before = source.provenance.get("layouts")
-    now = {"words": dict(source.layout.words), "copies": sorted(source.copies)}
+    now = {"words": dict(source.layout.words), "copies": sorted(source.copies), "padded": _padded_now(source)}
     return {**(before if isinstance(before, dict) else {}), source.layout.name: now}

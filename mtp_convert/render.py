@@ -13,6 +13,7 @@ from mtp_convert.convert import Result
 from mtp_convert.difference import CheckpointDifference
 from mtp_convert.fsck import FolderCheck
 from mtp_convert.inspection import Inspection, Planned
+from mtp_convert.mapping.family import Family
 from mtp_convert.roundtrip import RoundTrip
 from mtp_convert.summary import Row, printable, size_text
 
@@ -135,7 +136,7 @@ def show_result(r: Result, following: str) -> None:
         ]
     )
     _notes(list(r.notes))
-    print(f"{paint('next', 'dim')}          {following}")
+    print(f"{paint('next', 'dim')}          {printable(following)}")
 
 
 def show_roundtrip(r: RoundTrip) -> None:
@@ -170,6 +171,15 @@ def show_difference(d: CheckpointDifference) -> None:
         print(f"  ... and {len(d.differing) - MOST_ROWS} more")
     if d.dtypes:
         print(f"  {len(d.dtypes)} params have two types, e.g. {d.dtypes[0]}")
+
+
+def show_families(families: Iterable[Family]) -> None:
+    """One block per family."""
+    for f in families:
+        print(f"{paint(f.name, 'bold')}: {f.title}")
+        print(f"  model_type {', '.join(f.model_types)}; layouts {', '.join(f.choices)}")
+        for note in f.notes:
+            print(f"  - {note}")
 
 
 def show_check(c: FolderCheck) -> None:

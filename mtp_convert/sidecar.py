@@ -13,6 +13,7 @@ from typing import Any
 from mtp_convert.bridge_config import run_config
 from mtp_convert.checkpoint import CARRIED, LATEST, PROVENANCE, Checkpoint
 from mtp_convert.containers import safetensors
+from mtp_convert.containers.paths import member_path
 from mtp_convert.containers.torch_dist_write import save_object
 from mtp_convert.encodings.dtype import CAST_TARGETS
 from mtp_convert.options import Options
@@ -37,24 +38,30 @@ def side_files(folder: Path) -> dict[str, Path]:
         )
         if skip or not path.is_file() or path.name.endswith(WEIGHTS) or path.stat().st_size > LARGEST:
             continue
-        found[relative.as_posix()] = path
+        found[relative.as_posix()] = member_path(folder, relative.as_posix(), folder.name)  # no link leads outside
     return found
 
 
-def config_file(checkpoint: Checkpoint, depths: int) -> Content:
-    """config.json: the source's own file if it agrees with `depths` stored ones, else a corrected one."""
-    if checkpoint.family.declared_depths(checkpoint.model_config) == depths:
+def config_file(checkpoint: Checkpoint, depths: int, dtype: str) -> Content:
+    """config.json: the source's own file if it agrees with what is written, else a corrected one."""
+    family, section = checkpoint.family, dict(checkpoint.model_config)
+    if family.declared_depths(section) != depths:
+        section = family.with_depths(section, depths)
+    config = {**checkpoint.config, checkpoint.section[0]: section} if checkpoint.section else section
+    if dtype in CAST_TARGETS:
+        config = _with_dtype(config, CAST_TARGETS[dtype].torch_name)
+    if config == checkpoint.config:
         return checkpoint.config_path
-    text = json.dumps(with_depths(checkpoint, depths), indent=2, ensure_ascii=False) + "\n"
-    return text.encode
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode
 
 
-def with_depths(checkpoint: Checkpoint, depths: int) -> dict[str, Any]:
-    """The whole config with the section of the language model changed."""
-    section = checkpoint.family.with_depths(checkpoint.model_config, depths)
-    if not checkpoint.section:
-        return section
-    return {**checkpoint.config, checkpoint.section[0]: section}
+def _with_dtype(config: dict[str, Any], torch_name: str) -> dict[str, Any]:
+    """The config with every statement of the element type replaced, also in nested sections."""
+    fields = {"dtype", "torch_dtype"}
+    return {
+        key: torch_name if key in fields else _with_dtype(value, torch_name) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
 
 
 def shard_headers(checkpoint: Checkpoint) -> tuple[Mapping[str, bytes], bytes | None]:
@@ -96,32 +103,33 @@ def megatron_files(args: Mapping[str, Any], folder: str, version: tuple[int, int
     }
 
 
-def megatron_small(source: Checkpoint, options: Options, physical: int, *, steps: int, repeated: bool) -> Small:
+def megatron_small(
+    source: Checkpoint, options: Options, physical: int, *, steps: int, repeated: bool, rows: int
+) -> Small:
     """Everything beside the tensors of a Megatron checkpoint; the Hugging Face files travel below `hf/`."""
-    args = megatron_args(source, options, steps, repeated)
+    args = megatron_args(source, options, steps, repeated=repeated, rows=rows)
     files = megatron_files(args, RELEASE, options.version)
     if source.family.bridge_provider:
         dtype = _most_common_dtype(source, options)
         files[f"{RELEASE}/run_config.yaml"] = run_config(source.family.bridge_provider, args, torch_dtype=dtype)
-    travelling: dict[str, Content] = {**hf_small(source, physical), **_known(_carried_headers(source))}
+    travelling: dict[str, Content] = {**hf_small(source, options, physical), **_known(_carried_headers(source))}
     return {**{f"{CARRIED}/{relative}": c for relative, c in travelling.items()}, **_known(files)}
 
 
-def hf_small(source: Checkpoint, physical: int) -> Small:
+def hf_small(source: Checkpoint, options: Options, physical: int) -> Small:
     """Everything beside the tensors of a Hugging Face folder with `physical` stored MTP depths."""
-    return {**side_files(source.located.side), "config.json": config_file(source, physical)}
+    return {**side_files(source.located.side), "config.json": config_file(source, physical, options.dtype)}
 
 
-def megatron_args(source: Checkpoint, options: Options, steps: int, repeated: bool) -> dict[str, Any]:
-    """The family's training arguments with the parallel sizes and the vocabulary padding that were asked for."""
+def megatron_args(source: Checkpoint, options: Options, steps: int, *, repeated: bool, rows: int) -> dict[str, Any]:
+    """The family's training arguments with the parallel sizes and the vocabulary `rows` that are written."""
     args = source.family.megatron_args(source.model_config, steps, repeated)
     sizes = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
     args |= {f"{size}_parallel_size": options.parallel.get(size.removesuffix("_model"), 1) for size in sizes}
     args["ckpt_format"] = "torch_dist"
+    args["padded_vocab_size"] = rows or args["vocab_size"]
     if options.padding > 1:
-        multiple = options.padding * options.parallel.get("tensor", 1)
         args["make_vocab_size_divisible_by"] = options.padding
-        args["padded_vocab_size"] = -(-int(args["vocab_size"]) // multiple) * multiple
     return args
 
 

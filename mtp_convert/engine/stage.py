@@ -28,8 +28,8 @@ def staged(target: Path, *, force: bool = False, needed: int = 0) -> Iterator[Pa
         ConvertError: MTP073 exists, MTP075 locked, MTP040 not writable or full.
     """
     target = target.absolute()
-    _refuse_existing(target, force)
     try:
+        _refuse_existing(target, force)
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot(error, target.parent) from error

@@ -15,16 +15,14 @@ from safetensors.torch import load_file
 
 SOURCE = AUTOMODEL / NAME
 NAMES = tuple(golden_tensors(NAME))
-# Found by these tests; the reason says what happens instead.
-BROKEN: dict[str, str] = {"config.json nested without end": "RecursionError, exit code 1"}
-NO_HINT = [n for n, c in CASES.items() if c.error == "MTP020" and "config.json" not in n + "".join(c.says)]
 
 
 def refused(got: Outcome, code: int, error: str, *says: str) -> None:
-    """One refusal, as the user sees it (the hint is tested by itself)."""
+    """One refusal, as the user sees it."""
     assert got.code == code, got
     assert re.match(rf"error\[{error}\d*\]: ", got.err), got.err
     assert "Traceback" not in got.err
+    assert re.search(r"^hint: \S", got.err, re.MULTILINE), got.err
     assert got.out == ""
     for text in says:
         assert text in got.err
@@ -34,12 +32,7 @@ def everything(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
 
 
-def marked(broken: dict[str, str]) -> list[object]:
-    marks = {n: [pytest.mark.xfail(strict=True, reason=why)] for n, why in broken.items()}
-    return [pytest.param(n, marks=marks.get(n, []), id=n.replace(" ", "-")) for n in CASES]
-
-
-@pytest.mark.parametrize("name", marked(BROKEN))
+@pytest.mark.parametrize("name", CASES)
 def test_damaged_source(name: str, cli: Cli, tmp_path: Path) -> None:
     case = CASES[name]
     (tmp_path / "in").mkdir()
@@ -47,12 +40,6 @@ def test_damaged_source(name: str, cli: Cli, tmp_path: Path) -> None:
     before = everything(tmp_path)
     refused(cli("hf-to-megatron", source, tmp_path / "out"), case.code, case.error, *case.says)
     assert everything(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", marked(dict.fromkeys(NO_HINT, "no hint")))
-def test_damaged_source_has_a_hint(name: str, cli: Cli, tmp_path: Path) -> None:
-    got = cli("inspect", CASES[name].make(tmp_path))
-    assert re.search(r"^hint: \S", got.err, re.MULTILINE), got.err
 
 
 @pytest.mark.parametrize("name", NAMES)

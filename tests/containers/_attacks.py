@@ -95,6 +95,8 @@ BOMBS: dict[str, bytes] = {
     "bytearray of 64 GiB": b"\x80\x05\x96" + struct.pack("<Q", 1 << 36) + b"x.",
     "text of 4 GiB": b"\x80\x02X\xff\xff\xff\xffx.",
     "bytes of 2^63": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 63) + b"x.",
+    "memo after a line": b"I1\nr\x00\x00\x00\x20.",
+    "memo after a line before another": b"I1\nr\x00\x00\x00\x200I2\n.",
     "memo after a global": b"c__main__\nx\nr\x00\x00\x00\x20."[:0]
     + b"\x80\x02ccollections\nOrderedDict\nr\x00\x00\x00\x20.",
 }

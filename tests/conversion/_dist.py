@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from _kit import MEGATRON, Tensors
 from torch import Size, Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import TensorProperties as Properties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 Chunk = tuple[tuple[int, ...], tuple[int, ...]]  # offset, sizes
 Cut = Callable[[str, Size], list[Chunk]]
@@ -92,8 +94,8 @@ def write(root: Path, state: Mapping[str, Any], cut: Cut = whole, *, args: Mappi
     folder = root / RELEASE
     folder.mkdir(parents=True)
     with single_process():
-        writer = dcp.FileSystemWriter(folder, single_file_per_rank=cut is whole)
-        dcp.save(dict(state), storage_writer=writer, planner=_Planner(cut), no_dist=True)
+        writer = FileSystemWriter(folder, single_file_per_rank=cut is whole, sync_files=False)
+        save(dict(state), storage_writer=writer, planner=_Planner(cut), no_dist=True)
     if args is not None:
         torch.save(common(args), folder / "common.pt")
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
@@ -108,7 +110,7 @@ def common(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def read(folder: Path) -> Tensors:
     """Every tensor of a torch_dist folder, by torch alone."""
-    reader = dcp.FileSystemReader(folder)
+    reader = FileSystemReader(folder)
     entries = reader.read_metadata().state_dict_metadata
     state = {
         n: torch.empty(e.size, dtype=e.properties.dtype)
@@ -116,7 +118,7 @@ def read(folder: Path) -> Tensors:
         if isinstance(e, TensorStorageMetadata)
     }
     with single_process():
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        load(state, storage_reader=reader, no_dist=True)
     return state
 
 

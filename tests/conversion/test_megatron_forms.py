@@ -84,7 +84,7 @@ def test_spelling_is_read_and_comes_back(spelling: str, expected: bytes, tmp_pat
     assert to_hf(source, tmp_path) == expected
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_chunks_beside_a_training_state(seed: int, expected: bytes, tmp_path: Path) -> None:
     weights = golden(NAME)
     training: dict[str, Any] = {f"optimizer.state.exp_avg.{n}": torch.zeros_like(t) for n, t in weights.items()}
@@ -142,6 +142,25 @@ def test_padding_rows_are_read_and_left_behind(expected: bytes, tmp_path: Path) 
     assert to_hf(source, tmp_path) == expected
     notes = convert(source, tmp_path / "again", "hf", hf_config=CONFIG).notes
     assert sum("32 padding rows beyond vocab_size 96" in n for n in notes) == 2
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the padding does not come back, so every padded checkpoint fails its round trip"
+)
+def test_padded_checkpoint_round_trips(tmp_path: Path) -> None:
+    weights = golden(NAME)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        weights[name] = torch.cat([weights[name], torch.zeros(32, 32)])
+    source = write(tmp_path / "src", weights, args={"mtp_num_layers": 2, "padded_vocab_size": 128})
+    assert roundtrip(open_checkpoint(source, hf_config=CONFIG), Options("hf")).ok
+
+
+@pytest.mark.xfail(strict=True, reason="mtp_convert.json knows the 3 steps, hf-to-megatron writes 1")
+def test_steps_of_a_repeated_layer_come_back(tmp_path: Path) -> None:
+    args = {"mtp_num_layers": 3, "mtp_use_repeated_layer": True}
+    source = write(tmp_path / "src", golden("hyb_rep"), args=args)
+    convert(source, tmp_path / "hf", "hf", hf_config=MEGATRON / "hyb_rep" / "config.json")
+    assert convert(tmp_path / "hf", tmp_path / "there", "megatron").steps == 3
 
 
 def test_padding_rows_are_written_as_zeros_and_come_off(tmp_path: Path) -> None:

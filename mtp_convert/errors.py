@@ -20,6 +20,7 @@ class ErrorKind:
     title: str
     exit_code: int
     explanation: str
+    hint: str = "`mtp-convert explain CODE` says more about a code"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,12 @@ class Problem:
 
 ERRORS: dict[str, ErrorKind] = {
     "MTP001": ErrorKind("wrong option", 2, "An option or its value makes no sense here."),
-    "MTP002": ErrorKind("nothing to read", 3, "The path does not exist or holds no checkpoint we know."),
+    "MTP002": ErrorKind(
+        "nothing to read",
+        3,
+        "The path does not exist or holds no checkpoint we know.",
+        "SRC is a Hugging Face folder, or the root or iter_* folder of a Megatron torch_dist checkpoint",
+    ),
     "MTP003": ErrorKind(
         "not this layout",
         2,
@@ -55,11 +61,13 @@ ERRORS: dict[str, ErrorKind] = {
         "damaged safetensors file",
         3,
         "The header is not valid, or its byte ranges do not cover the file exactly once.",
+        "download the file again",
     ),
     "MTP011": ErrorKind(
         "damaged index",
         3,
         "model.safetensors.index.json and the shards do not agree, or it points outside the folder.",
+        "download the whole folder again",
     ),
     "MTP012": ErrorKind(
         "tensor stored twice",
@@ -70,6 +78,7 @@ ERRORS: dict[str, ErrorKind] = {
         "damaged torch_dist checkpoint",
         3,
         "`.metadata`, a `.distcp` file or their agreement is broken: truncated, overlapping or missing chunks.",
+        "the checkpoint is damaged or incomplete; copy it again",
     ),
     "MTP014": ErrorKind(
         "refused pickle",
@@ -145,7 +154,7 @@ class ConvertError(Exception):
         self.code = code
         self.kind = ERRORS[code]
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
-        self.hint = hint
+        self.hint = hint or self.kind.hint.replace("CODE", code)
         super().__init__(self.headline())
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_convert.checkpoint import Checkpoint, open_checkpoint
+from mtp_convert.containers.base import StoredTensor
 from mtp_convert.convert import prepare, run
 from mtp_convert.engine.compare import StoredExtent, compare
 from mtp_convert.engine.gather import Reader
@@ -72,7 +73,7 @@ def _compare(source: Checkpoint, back: Checkpoint, via: str, progress: Progress 
             a, b = before[name], after[name]
             if (a.dtype, a.shape) != (b.dtype, b.shape):
                 differing.append(f"{name}: {a.dtype} {list(a.shape)} became {b.dtype} {list(b.shape)}")
-            elif (d := compare(StoredExtent(a), StoredExtent(b), reader, progress=progress)) is not None:
+            elif (d := compare(_true_rows(source, a), _true_rows(source, b), reader, progress=progress)) is not None:
                 differing.append(f"{name}: {d.text()}")
     finally:
         reader.close()
@@ -87,6 +88,12 @@ def _compare(source: Checkpoint, back: Checkpoint, via: str, progress: Progress 
         _meaning(source) == _meaning(back),
         source.stored.headers == back.stored.headers and bool(source.stored.headers),
     )
+
+
+def _true_rows(c: Checkpoint, tensor: StoredTensor) -> StoredExtent:
+    """The tensor without vocabulary padding: those rows are no params, and training leaves anything in them."""
+    binding = c.layout.bindings.get(tensor.name)
+    return StoredExtent(tensor, rows=binding.shape[0] if binding is not None and binding.vocab else None)
 
 
 def _meaning(c: Checkpoint) -> dict[str, Any]:

@@ -23,14 +23,16 @@ ELEMENTS = 1 << 20  # per window
 
 @dataclass(frozen=True, slots=True)
 class StoredExtent:
-    """A whole stored tensor in row-major order, whatever its chunks."""
+    """A stored tensor in row-major order, whatever its chunks: all of it, or its first `rows`."""
 
     tensor: StoredTensor
+    rows: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Length in bytes."""
-        return self.tensor.nbytes
+        all_rows = self.tensor.shape[0] if self.tensor.shape else 1
+        return self.tensor.nbytes if self.rows is None else self.tensor.nbytes // all_rows * self.rows
 
     @property
     def dtype(self) -> DType:

@@ -132,7 +132,6 @@ def test_other_files_come_back(tmp_path: Path) -> None:
     assert differing(source, there_and_back(source, tmp_path)[1]) == []
 
 
-@pytest.mark.xfail(strict=True, reason="any file of the machine that a link names travels along")
 def test_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     source = hf_folder(tmp_path / "src", golden_tensors(NAME), golden_config(NAME))
     (tmp_path / "secret").write_text("not part of the checkpoint")
@@ -140,6 +139,21 @@ def test_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     with contextlib.suppress(ConvertError):
         convert(source, tmp_path / "there", "megatron")
     assert not (tmp_path / "there" / "hf" / "tokenizer.json").exists()
+
+
+def test_hub_cache_comes_back_as_plain_files(tmp_path: Path) -> None:
+    """`snapshots/REV/*` are links into `blobs`; the links themselves stay where they are."""
+    plain = hf_folder(tmp_path / "plain", golden_tensors(NAME), golden_config(NAME))
+    (plain / "tokenizer.json").write_text("{}")
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "rev", tmp_path / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, (name, data) in enumerate(files_of(plain).items()):
+        (blobs / str(i)).write_bytes(data)
+        (snapshot / name).symlink_to(Path("../../blobs") / str(i))
+    _, back = there_and_back(snapshot, tmp_path)
+    assert differing(plain, back) == []
+    assert not any(p.is_symlink() for p in back.rglob("*"))
 
 
 def test_unreadable_config_bytes_come_back(tmp_path: Path) -> None:

@@ -63,7 +63,6 @@ class TestTypes:
         with pytest.raises(ConvertError):
             convert(D1, tmp_path / "there", "megatron", dtype="float99")
 
-    @pytest.mark.xfail(strict=True, reason="config.json still says float32, which loaders believe")
     def test_config_follows(self, tmp_path: Path) -> None:
         _, back = there_and_back(D1, tmp_path, dtype="bf16")
         assert config_of(back)["dtype"] == "bfloat16"

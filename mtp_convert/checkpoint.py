@@ -22,13 +22,21 @@ CARRIED = "hf"  # folder beside a Megatron checkpoint with the Hugging Face side
 MOST_LISTED = 20
 
 
+# The layouts that a container can hold; the first one is what is assumed where names alone cannot tell.
+LAYOUTS: dict[str, tuple[str, ...]] = {"safetensors": ("hf", "native"), "torch_dist": ("megatron",)}
+
+
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint folder that was recognised: where its weights and its side files are."""
+    """A checkpoint that was recognised: where its weights, its side files and its provenance file are.
+
+    layout: the one that its names follow; before they are read, the one that is assumed.
+    """
 
     given: Path
     weights: Path
     side: Path
+    root: Path
     layout: str
     container: str
 
@@ -74,18 +82,22 @@ def locate(path: Path) -> Located:
     Raises:
         ConvertError: MTP002.
     """
+    if path.is_file() and path.suffix == ".safetensors":
+        return Located(path, path, path.parent, path.parent, "hf", "safetensors")
     if not path.is_dir():
         what = "not a folder" if path.exists() else "no such folder"
-        raise ConvertError("MTP002", Problem(what, str(path)), hint="SRC is a checkpoint folder")
+        raise ConvertError(
+            "MTP002", Problem(what, str(path)), hint="SRC is a checkpoint folder or one .safetensors file"
+        )
     weights = path
     if (path / LATEST).is_file():
         weights = _iteration(path)
     if (weights / torch_dist.METADATA).is_file():
         root = path if weights != path else path.parent
         side = root / CARRIED if (root / CARRIED).is_dir() else path / CARRIED
-        return Located(path, weights, side, "megatron", "torch_dist")
+        return Located(path, weights, side, root, "megatron", "torch_dist")
     if (path / safetensors.INDEX).is_file() or any(path.glob("*.safetensors")):
-        return Located(path, path, path, "hf", "safetensors")
+        return Located(path, path, path, path, "hf", "safetensors")
     if any(weights.glob("mp_rank_*")):
         raise ConvertError(
             "MTP002",
@@ -113,19 +125,26 @@ def _iteration(root: Path) -> Path:
     return folder
 
 
-def open_checkpoint(path: Path, *, hf_config: Path | None = None, allow_unmapped: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, layout: str | None = None, hf_config: Path | None = None, allow_unmapped: bool = False
+) -> Checkpoint:
     """Read headers and config of a checkpoint and check that they explain each other completely.
 
+    Args:
+        layout: the layout that the caller counts on; None takes what is there.
+
     Raises:
-        ConvertError: exit code 3 for damaged files, 4 when config and tensors disagree.
+        ConvertError: exit code 2 for another layout, 3 for damaged files, 4 when config and tensors disagree.
     """
     located = locate(path)
+    if layout is not None and layout not in LAYOUTS[located.container]:
+        raise _other_layout(located, located.layout, layout)
     if hf_config is not None and hf_config.is_dir():
         located = replace(located, side=hf_config)  # its tokenizer and other files travel along
     config_path = hf_config if hf_config is not None and hf_config.is_file() else located.side / "config.json"
     config = read_config(config_path, located)
     family, section = adapters.find(config)
-    stored = (safetensors if located.layout == "hf" else torch_dist).read(located.weights)
+    stored = (safetensors if located.container == "safetensors" else torch_dist).read(located.weights)
     model: Mapping[str, Any] = config
     for field in section:
         model = model[field]
@@ -133,17 +152,18 @@ def open_checkpoint(path: Path, *, hf_config: Path | None = None, allow_unmapped
     try:
         declared = family.declared_depths(model)
         dims = family.dims(model, declared)
-        layout = family.fit(located.layout, dims, names)
-        physical = family.stored_depths(layout, dims, names)
         noted = _provenance(located)
+        found = _recognise(family, dims, names, located=located, noted=noted, wanted=layout)
+        located = replace(located, layout=found.name)
+        physical = family.stored_depths(found, dims, names)
         steps, repeated, notes = _depths(declared, physical, stored, noted)
         if physical != declared:
             dims = with_depths(dims, physical)
-            layout = family.fit(located.layout, dims, names)
+            found = family.fit(found.name, dims, names)
     except ConfigError as error:
         hint = "correct config.json, or give the right one with --hf-config"
         raise ConvertError("MTP020", Problem(str(error), "config.json"), hint=hint) from error
-    copies, unmapped = _agree(layout, stored, allow_unmapped)
+    copies, unmapped = _agree(found, stored, allow_unmapped)
     if unmapped:
         notes += (f"{len(unmapped)} stored tensors are not part of {family.name} and stay behind",)
     return Checkpoint(
@@ -154,7 +174,7 @@ def open_checkpoint(path: Path, *, hf_config: Path | None = None, allow_unmapped
         section,
         family,
         dims,
-        layout,
+        found,
         steps,
         repeated,
         copies,
@@ -164,13 +184,46 @@ def open_checkpoint(path: Path, *, hf_config: Path | None = None, allow_unmapped
     )
 
 
+def _recognise(
+    family: Family,
+    dims: Dims,
+    names: frozenset[str],
+    *,
+    located: Located,
+    noted: Mapping[str, Any],
+    wanted: str | None,
+) -> Layout:
+    """The layout of the container that explains most of the stored names.
+
+    Where several explain as many, the one that is wanted, else the one noted when the folder was written.
+    """
+    target = noted.get("target")
+    first = wanted or (target.get("layout") if isinstance(target, dict) else None)
+    candidates = [n for n in LAYOUTS[located.container] if n in family.choices]
+    found: dict[str, tuple[int, Layout]] = {}
+    for name in sorted(candidates, key=lambda n: n != first):
+        layout = family.fit(name, dims, names)
+        found[name] = len(names & layout.bindings.keys()), layout
+        if found[name][0] == len(layout.bindings):
+            break
+    best = max(found, key=lambda n: found[n][0])
+    if wanted is not None and best != wanted:
+        raise _other_layout(located, best, wanted)
+    return found[best][1]
+
+
+def _other_layout(located: Located, found: str, wanted: str) -> ConvertError:
+    hint = f"use `mtp-convert convert {located.given} DST --to ...`, which detects the source"
+    return ConvertError("MTP003", Problem("source layout", str(located.given), found, wanted), hint=hint)
+
+
 def read_config(path: Path, located: Located) -> dict[str, Any]:
     """config.json as a dict.
 
     Raises:
         ConvertError: MTP020.
     """
-    hint = "give it with --hf-config" if located.layout == "megatron" else "copy config.json into the folder"
+    hint = "give it with --hf-config" + ("" if located.layout == "megatron" else ", or copy it into the folder")
     if not path.is_file():
         raise ConvertError("MTP020", Problem("no config.json", str(path)), hint=hint)
     try:
@@ -183,15 +236,14 @@ def read_config(path: Path, located: Located) -> dict[str, Any]:
 
 
 def _provenance(located: Located) -> dict[str, Any]:
-    for folder in (located.given, located.side.parent):
-        path = folder / PROVENANCE
-        if path.is_file():
-            try:
-                data = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                return {}
-            return data if isinstance(data, dict) else {}
-    return {}
+    path = located.root / PROVENANCE
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _depths(

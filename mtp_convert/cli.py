@@ -7,30 +7,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from mtp_convert import cli_run
+from mtp_convert import cli_convert, cli_run
 from mtp_convert.cli_errors import guarded
 from mtp_convert.cli_options import (
     AllowUnmapped,
     Depths,
-    DryRun,
     Dst,
-    DtypeOption,
-    Ep,
-    Etp,
     Force,
     ForceFold,
     Format,
     HfConfig,
-    Padding,
-    Pp,
     Scratch,
-    Shard,
     Src,
-    Steps,
-    Threads,
-    To,
-    Tp,
-    Version,
+    Variant,
     Via,
 )
 from mtp_convert.errors import ERRORS, ConvertError, Problem
@@ -44,121 +33,11 @@ app = typer.Typer(
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
-    help="Convert checkpoints with Multi-Token Prediction heads between Hugging Face and Megatron layouts: by table, "
-    "streaming, in constant memory, refusing instead of guessing.",
+    help="Convert checkpoints with Multi-Token Prediction heads between Hugging Face, Megatron and native layouts: "
+    "by table, streaming, in constant memory, refusing instead of guessing.",
     epilog="Examples:  mtp-convert inspect DIR  |  mtp-convert hf-to-megatron DIR OUT  |  mtp-convert roundtrip DIR",
 )
-
-
-@app.command("hf-to-megatron", rich_help_panel="Convert")
-def hf_to_megatron(
-    src: Src,
-    dst: Dst,
-    dtype: DtypeOption = "auto",
-    megatron_version: Version = "0.19",
-    mtp_num_layers: Steps = None,
-    tp: Tp = 1,
-    pp: Pp = 1,
-    ep: Ep = 1,
-    etp: Etp = 1,
-    make_vocab_size_divisible_by: Padding = 1,
-    max_shard_size: Shard = "",
-    allow_unmapped: AllowUnmapped = False,
-    force: Force = False,
-    threads: Threads = None,
-    fmt: Format = "human",
-) -> None:
-    """Hugging Face folder -> Megatron torch_dist checkpoint."""
-    options = cli_run.make_options(
-        "megatron",
-        dtype=dtype,
-        megatron_version=megatron_version,
-        steps=mtp_num_layers,
-        tensor=tp,
-        pipeline=pp,
-        expert=ep,
-        expert_tensor=etp,
-        padding=make_vocab_size_divisible_by,
-        max_shard_size=max_shard_size,
-        force=force,
-        threads=threads,
-    )
-    cli_run.run_conversion(src, dst, options, cli_run.open_source(src, None, allow_unmapped, "hf"), fmt)
-
-
-@app.command("megatron-to-hf", rich_help_panel="Convert")
-def megatron_to_hf(
-    src: Src,
-    dst: Dst,
-    hf_config: HfConfig = None,
-    dtype: DtypeOption = "auto",
-    max_shard_size: Shard = "",
-    allow_unmapped: AllowUnmapped = False,
-    force: Force = False,
-    threads: Threads = None,
-    fmt: Format = "human",
-) -> None:
-    """Megatron torch_dist checkpoint -> Hugging Face folder."""
-    options = cli_run.make_options("hf", dtype=dtype, max_shard_size=max_shard_size, force=force, threads=threads)
-    cli_run.run_conversion(src, dst, options, cli_run.open_source(src, hf_config, allow_unmapped, "megatron"), fmt)
-
-
-@app.command("convert", rich_help_panel="Convert")
-def convert(
-    src: Src,
-    dst: Dst,
-    to: To,
-    hf_config: HfConfig = None,
-    dtype: DtypeOption = "auto",
-    megatron_version: Version = "0.19",
-    mtp_num_layers: Steps = None,
-    tp: Tp = 1,
-    pp: Pp = 1,
-    ep: Ep = 1,
-    etp: Etp = 1,
-    make_vocab_size_divisible_by: Padding = 1,
-    max_shard_size: Shard = "",
-    allow_unmapped: AllowUnmapped = False,
-    dry_run: DryRun = False,
-    force: Force = False,
-    threads: Threads = None,
-    fmt: Format = "human",
-) -> None:
-    """The general form: the source is detected."""
-    options = cli_run.make_options(
-        to,
-        dtype=dtype,
-        megatron_version=megatron_version,
-        steps=mtp_num_layers,
-        tensor=tp,
-        pipeline=pp,
-        expert=ep,
-        expert_tensor=etp,
-        padding=make_vocab_size_divisible_by,
-        max_shard_size=max_shard_size,
-        force=force,
-        threads=threads,
-    )
-    source = cli_run.open_source(src, hf_config, allow_unmapped)
-    if dry_run:
-        cli_run.show_plan(source, options, dst, fmt)
-    else:
-        cli_run.run_conversion(src, dst, options, source, fmt)
-
-
-@app.command("plan", rich_help_panel="Look")
-def plan(
-    src: Src,
-    to: To,
-    hf_config: HfConfig = None,
-    dtype: DtypeOption = "auto",
-    max_shard_size: Shard = "",
-    allow_unmapped: AllowUnmapped = False,
-    fmt: Format = "human",
-) -> None:
-    """Every tensor's origin and op, bytes, peak memory and free disk; nothing is written."""
-    options = cli_run.make_options(to, dtype=dtype, max_shard_size=max_shard_size)
-    cli_run.show_plan(cli_run.open_source(src, hf_config, allow_unmapped), options, None, fmt)
+cli_convert.register(app)
 
 
 @app.command("inspect", rich_help_panel="Look")
@@ -180,6 +59,7 @@ def inspect(
 def roundtrip(
     src: Src,
     via: Via = "",
+    variant: Variant = "",
     hf_config: HfConfig = None,
     scratch: Scratch = None,
     fmt: Format = "human",
@@ -191,7 +71,7 @@ def roundtrip(
 
     source = cli_run.open_source(src, hf_config, False)
     other = "megatron" if source.layout.name == "hf" else "hf"
-    options = cli_run.make_options(via or other)
+    options = cli_run.make_options(via or other, variant=variant)
     with progress("there, back, compare", 3 * source.stored.nbytes, quiet=fmt != "human") as tick:
         result = rt.roundtrip(source, options, scratch=scratch, progress=tick)
     cli_run.show(fmt, result, render.show_roundtrip)

@@ -17,14 +17,17 @@ def option(*names: str, help: str, panel: str, env: str, least: int | None = Non
 
 Src = Annotated[
     Path,
-    typer.Argument(help="Checkpoint folder (Hugging Face, or Megatron torch_dist: root or iter_*)."),
+    typer.Argument(
+        metavar="SRC",
+        help="Checkpoint folder (Hugging Face or native safetensors; Megatron torch_dist: root or iter_*).",
+    ),
 ]
-Dst = Annotated[Path, typer.Argument(help="Output folder; must not exist.")]
+Dst = Annotated[Path, typer.Argument(metavar="DST", help="Output folder; must not exist.")]
 HfConfig = Annotated[
     Path | None,
     option(
         "--hf-config",
-        help="config.json (or its folder) for a Megatron source without one.",
+        help="config.json (or its folder) for a source without one.",
         panel="Input",
         env="HF_CONFIG",
     ),
@@ -107,9 +110,13 @@ Format = Annotated[
 ]
 
 
-To = Annotated[Literal["hf", "megatron"], option("--to", help="Target layout.", panel="Output", env="TO")]
+Variant = Annotated[
+    str,
+    option("--variant", help="A named form of the target layout, e.g. automodel.", panel="Output", env="VARIANT"),
+]
+To = Annotated[Literal["hf", "megatron", "native"], option("--to", help="Target layout.", panel="Output", env="TO")]
 Via = Annotated[
-    Literal["hf", "megatron", ""],
+    Literal["hf", "megatron", "native", ""],
     option("--via", help="Layout in between; by default the other one.", panel="Check", env="VIA"),
 ]
 ForceFold = Annotated[

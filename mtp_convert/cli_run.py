@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mtp_convert.errors import ConvertError, Problem
-
 if TYPE_CHECKING:
     from mtp_convert.checkpoint import Checkpoint
     from mtp_convert.options import Options
@@ -32,12 +30,9 @@ class Shown(Protocol):
 
 def open_source(src: Path, hf_config: Path | None, allow_unmapped: bool, layout: str | None = None) -> Checkpoint:
     """Open SRC; with `layout`, refuse a source of another one."""
-    from mtp_convert.checkpoint import locate, open_checkpoint
+    from mtp_convert.checkpoint import open_checkpoint
 
-    if layout and (found := locate(src).layout) != layout:
-        hint = f"use `mtp-convert convert {src} DST --to ...`, which detects the source"
-        raise ConvertError("MTP003", Problem("source layout", str(src), found, layout), hint=hint)
-    return open_checkpoint(src, hf_config=hf_config, allow_unmapped=allow_unmapped)
+    return open_checkpoint(src, layout=layout, hf_config=hf_config, allow_unmapped=allow_unmapped)
 
 
 def run_conversion(src: Path, dst: Path, options: Options, source: Checkpoint, fmt: str) -> None:
@@ -50,7 +45,7 @@ def run_conversion(src: Path, dst: Path, options: Options, source: Checkpoint, f
     job = prepare(source, options)
     with progress("converting", job.nbytes, quiet=fmt != "human") as tick:
         result = run(job, dst, progress=tick)
-    back = "megatron-to-hf" if options.to == "megatron" else "hf-to-megatron"
+    back = f"{options.to}-to-{source.layout.name}" if options.to != source.layout.name else f"convert --to {options.to}"
 
     def human(r: Result) -> None:
         render.show_result(r, f"mtp-convert diff {src} {dst}   or back: mtp-convert {back} {dst} OUT")

@@ -12,7 +12,7 @@ from typing import Any
 from mtp_convert import provenance, sidecar
 from mtp_convert.checkpoint import PROVENANCE, Checkpoint
 from mtp_convert.depths import folding
-from mtp_convert.encodings.dtype import CAST_TARGETS, FLOATS, DType
+from mtp_convert.encodings.dtype import BY_NAME, CAST_TARGETS, FLOATS, DType
 from mtp_convert.engine.compare import StoredExtent, compare
 from mtp_convert.engine.gather import Reader
 from mtp_convert.engine.runner import Progress, Written, write_files
@@ -81,7 +81,7 @@ def prepare(source: Checkpoint, options: Options) -> Job:
     _supported(source, options, physical)
     dims = with_depths(source.dims, physical)
     alias, notes = folding(source, physical, options.force_fold)
-    target = family.layout(options.to, dims, {**provenance.words(source, options.to), **options.words})
+    target = family.layout(options.to, dims, _words(source, options))
     padded = _padding(source, target, options)
     plan = make_plan(
         source.layout,
@@ -96,10 +96,27 @@ def prepare(source: Checkpoint, options: Options) -> Job:
         rows = max(padded.values(), default=0)
         small = sidecar.megatron_small(source, options, physical, steps=steps, repeated=repeated, rows=rows)
     else:
-        output = _hf_output(source, options, tensors)
-        small = sidecar.hf_small(source, options, physical)
+        output = _safetensors_output(source, options, tensors)
+        small = sidecar.safetensors_small(source, options, physical)
     notes = source.notes + notes + _unpadded(source, target)
     return Job(source, options, plan, output, {**small, **output.small}, physical, steps, repeated, notes)
+
+
+def _words(source: Checkpoint, options: Options) -> dict[str, str]:
+    """The spelling of the target: a named variant, else what the weights had there before, else the released one.
+
+    Raises:
+        ConvertError: MTP001 for a variant that the family does not have.
+    """
+    if options.to not in source.family.choices:
+        raise ConvertError("MTP028", Problem(f"{source.family.name} has no {options.to} layout"))
+    if not options.variant:
+        return {**provenance.words(source, options.to), **options.words}
+    known = source.family.variants.get(options.to, {})
+    if options.variant not in known:
+        expected = ", ".join(known) or f"none, {source.family.name} has one {options.to} form"
+        raise ConvertError("MTP001", Problem("--variant", got=options.variant, expected=expected))
+    return {**known[options.variant], **options.words}
 
 
 def _megatron_output(
@@ -114,10 +131,10 @@ def _megatron_output(
     )
 
 
-def _hf_output(source: Checkpoint, options: Options, tensors: Sequence[OutTensor]) -> Output:
-    """The shards that the weights had as a Hugging Face folder, if they still fit; else new ones."""
-    headers, index = sidecar.shard_headers(source) if options.restore_shards else ({}, None)
-    if source.located.layout == "hf":  # new shards keep the order of the old ones
+def _safetensors_output(source: Checkpoint, options: Options, tensors: Sequence[OutTensor]) -> Output:
+    """The shards that the weights had in this layout, if they still fit; else new ones."""
+    headers, index = sidecar.shard_headers(source, options.to) if options.restore_shards else ({}, None)
+    if source.stored.container == "safetensors":  # new shards keep the order of the old ones
         order = {name: i for i, name in enumerate(source.stored.tensors)}
         tensors = sorted(tensors, key=lambda t: min(order[n] for n in t.step.sources))
     limit = options.max_shard_size
@@ -247,12 +264,14 @@ def _dtypes(source: Checkpoint, plan: Plan, options: Options) -> list[DType]:
     if options.dtype not in ("auto", *CAST_TARGETS):
         known = ", ".join(CAST_TARGETS)
         raise ConvertError("MTP001", Problem("dtype", got=options.dtype, expected=f"auto, {known}"))
-    cast = CAST_TARGETS.get(options.dtype)
+    before = provenance.dtypes(source, plan.target.name)
     found, problems = [], []
     for step in plan.steps:
         types = {source.tensor(n).dtype for n in step.sources}
-        if cast and not step.binding.high_precision and all(t.name in FLOATS for t in types):
-            found.append(cast)
+        own = step.binding.dtype or ("" if step.binding.high_precision else options.dtype)
+        to = CAST_TARGETS.get(own) or BY_NAME.get(step.binding.dtype or before.get(step.tensor, ""))
+        if to is not None and all(t.name in FLOATS for t in types):
+            found.append(to)
             continue
         if len(types) > 1:
             problems.append(Problem(f"{step.tensor} would mix {', '.join(sorted(map(str, types)))}"))

@@ -25,7 +25,8 @@ class Options:
 
     to: target layout. depths: physical MTP depths of the target (None: as stored). steps: MTP depths that Megatron
     runs (`mtp_num_layers`); more steps than one stored depth means a repeated layer. force_fold: what to do with
-    unequal depths. words: spelling of the target layout. padding: vocabulary rows are padded to a multiple of this.
+    unequal depths. variant: a named spelling of the target layout; words: single words of it. padding: vocabulary rows
+    are padded to a multiple of this.
     """
 
     to: str
@@ -38,6 +39,7 @@ class Options:
     force_fold: str | None = None
     padding: int = 1
     parallel: Mapping[str, int] = field(default_factory=dict)
+    variant: str = ""
     words: Mapping[str, str] = field(default_factory=dict)
     threads: int | None = None
     force: bool = False

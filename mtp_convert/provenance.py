@@ -10,8 +10,10 @@ import xxhash
 
 from mtp_convert import __version__
 from mtp_convert.checkpoint import Checkpoint
+from mtp_convert.encodings.dtype import FLOATS
 from mtp_convert.engine.runner import Written
 from mtp_convert.mapping.layout import Layout
+from mtp_convert.mapping.plan import Plan
 
 if TYPE_CHECKING:
     from mtp_convert.convert import Job
@@ -39,6 +41,12 @@ def copies(source: Checkpoint, target: Layout) -> frozenset[str]:
         return source.copies & target.copies.keys()
     noted = remembered(source, target.name).get("copies")
     return frozenset(c for c in noted if c in target.copies) if isinstance(noted, list) else frozenset()
+
+
+def dtypes(source: Checkpoint, layout: str) -> dict[str, str]:
+    """The element types, by tensor, of what another layout had to store in a type of its own."""
+    noted = remembered(source, layout).get("dtypes")
+    return {n: d for n, d in noted.items() if d in FLOATS} if isinstance(noted, dict) else {}
 
 
 def padded(source: Checkpoint, target: Layout) -> dict[str, int]:
@@ -75,7 +83,7 @@ def record(job: Job, files: tuple[Written, ...]) -> str:
             "tensors": len(source.stored.tensors),
             "left_behind": [*source.unmapped, *sorted(source.stored.training)],
         },
-        "layouts": _layouts(source),
+        "layouts": _layouts(source, job.plan),
         "target": {
             "layout": job.options.to,
             "words": dict(job.plan.target.words),
@@ -91,8 +99,14 @@ def record(job: Job, files: tuple[Written, ...]) -> str:
     return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
 
 
-def _layouts(source: Checkpoint) -> dict[str, Any]:
+def _layouts(source: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The last form that the weights had in every layout, so that going back restores it."""
     before = source.provenance.get("layouts")
-    now = {"words": dict(source.layout.words), "copies": sorted(source.copies), "padded": _padded_now(source)}
+    forced = {n: step.binding.dtype for step in plan.steps if step.binding.dtype for n in step.sources}
+    now = {
+        "words": dict(source.layout.words),
+        "copies": sorted(source.copies),
+        "padded": _padded_now(source),
+        "dtypes": {n: own for n, to in forced.items() if (own := source.tensor(n).dtype.name) != to},
+    }
     return {**(before if isinstance(before, dict) else {}), source.layout.name: now}

@@ -52,14 +52,14 @@ def roundtrip(
     with tempfile.TemporaryDirectory(prefix="mtp-convert-", dir=scratch) as folder:
         there, back = Path(folder) / "there", Path(folder) / "back"
         run(prepare(source, options), there, progress=progress)
-        config = None if (there / "hf").is_dir() or options.to == "hf" else source.located.side
-        middle = open_checkpoint(there, hf_config=config)
+        config = None if (there / "hf").is_dir() or options.to != "megatron" else source.located.side
+        middle = open_checkpoint(there, layout=options.to, hf_config=config)
         run(
-            prepare(middle, replace(options, to=home, dtype="auto", steps=None)),
+            prepare(middle, replace(options, to=home, dtype="auto", steps=None, variant="")),
             back,
             progress=progress,
         )
-        returned = open_checkpoint(back)
+        returned = open_checkpoint(back, layout=home)
         return _compare(source, returned, options.to, progress)
 
 

@@ -64,20 +64,22 @@ def _with_dtype(config: dict[str, Any], torch_name: str) -> dict[str, Any]:
     }
 
 
-def shard_headers(checkpoint: Checkpoint) -> tuple[Mapping[str, bytes], bytes | None]:
-    """Raw headers by shard name and the index of the safetensors form of the weights: its own, or what it came from."""
-    if checkpoint.stored.headers:
+def shard_headers(checkpoint: Checkpoint, layout: str) -> tuple[Mapping[str, bytes], bytes | None]:
+    """Raw headers by shard name and the index that the weights have, or once had, as safetensors in `layout`."""
+    if checkpoint.stored.headers and checkpoint.layout.name == layout:
         headers, index = checkpoint.stored.headers, checkpoint.located.weights / safetensors.INDEX
-    else:
+    elif layout == CARRIED:
         folder = checkpoint.located.side / SOURCE_HEADERS
         headers = {p.name.removesuffix(".header"): p.read_bytes() for p in sorted(folder.glob("*.header"))}
         index = folder / safetensors.INDEX
+    else:
+        return {}, None
     return headers, index.read_bytes() if index.is_file() else None
 
 
 def _carried_headers(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The same as files below `hf/`."""
-    headers, index = shard_headers(checkpoint)
+    """The same, of the Hugging Face folder, as files."""
+    headers, index = shard_headers(checkpoint, CARRIED)
     files = {f"{SOURCE_HEADERS}/{name}.header": raw for name, raw in headers.items()}
     return files if index is None else {**files, f"{SOURCE_HEADERS}/{safetensors.INDEX}": index}
 
@@ -112,12 +114,17 @@ def megatron_small(
     if source.family.bridge_provider:
         dtype = _most_common_dtype(source, options)
         files[f"{RELEASE}/run_config.yaml"] = run_config(source.family.bridge_provider, args, torch_dtype=dtype)
-    travelling: dict[str, Content] = {**hf_small(source, options, physical), **_known(_carried_headers(source))}
+    travelling: dict[str, Content] = {**_hf_files(source, options, physical), **_known(_carried_headers(source))}
     return {**{f"{CARRIED}/{relative}": c for relative, c in travelling.items()}, **_known(files)}
 
 
-def hf_small(source: Checkpoint, options: Options, physical: int) -> Small:
-    """Everything beside the tensors of a Hugging Face folder with `physical` stored MTP depths."""
+def safetensors_small(source: Checkpoint, options: Options, physical: int) -> Small:
+    """Everything beside the tensors of a safetensors folder with `physical` stored MTP depths."""
+    carried = {} if options.to == CARRIED else _known(_carried_headers(source))
+    return {**_hf_files(source, options, physical), **carried}
+
+
+def _hf_files(source: Checkpoint, options: Options, physical: int) -> Small:
     return {**side_files(source.located.side), "config.json": config_file(source, physical, options.dtype)}
 
 

@@ -68,9 +68,9 @@ class Mamba:
     W: int
 
 
-def with_hf(block: Block, *rows: Row) -> Block:
-    """The block with its Hugging Face rows."""
-    return Block(block.params, {**block.rows, "hf": rows}, block.domains)
+def with_hf(block: Block, *rows: Row, native: tuple[Row, ...] | None = None) -> Block:
+    """The block with its Hugging Face rows; those of the native tree where they differ."""
+    return Block(block.params, {**block.rows, "hf": rows, "native": rows if native is None else native}, block.domains)
 
 
 def te(*modules: str, over: tuple[str, ...] = ()) -> tuple[Extra, ...]:
@@ -191,16 +191,15 @@ def mamba(d: Mamba) -> Block:
     return Block(params, {"megatron": rows})
 
 
-def hf_mamba_rows(mixer: str) -> tuple[Row, ...]:
-    """The fused Mamba2 rows that every Hugging Face model writes, below the module name `mixer`."""
+def hf_mamba_rows(mixer: str, ssm: str = "", dtype: str = "") -> tuple[Row, ...]:
+    """The fused Mamba2 rows of every Hugging Face model, below the module name `mixer`; `ssm` is the holder of the
+    state-space params, which it may keep in a `dtype` of its own."""
     parts = ("x", "B", "C")
     return (
         rule(f"{mixer}.in_proj.weight", *(f"in_proj.{p}" for p in ("z", *parts, "dt")), op=Concat(0)),
         rule(f"{mixer}.conv1d.weight", *(f"conv.{p}" for p in parts), op=Concat(0)),
         rule(f"{mixer}.conv1d.bias", *(f"conv_bias.{p}" for p in parts), op=Concat(0)),
-        rule(f"{mixer}.A_log", "A_log"),
-        rule(f"{mixer}.D", "D"),
-        rule(f"{mixer}.dt_bias", "dt_bias"),
+        *(rule(f"{mixer}.{ssm}{p}", p, dtype=dtype) for p in ("A_log", "D", "dt_bias")),
         rule(f"{mixer}.norm.weight", "gate_norm"),
         rule(f"{mixer}.out_proj.weight", "out"),
     )

@@ -8,13 +8,14 @@ Names: transformers `modeling_nemotron_h.py` and the released checkpoints; Megat
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import _blocks as b
 from mtp_convert.mapping.family import Config, ConfigError, Family
-from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, rule
+from mtp_convert.mapping.ops import Permute
+from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, only, rule
 
 # One letter per block kind, as in `hybrid_override_pattern`; lists spell them out (transformers 4 and 5 differ).
 LETTERS = {
@@ -26,6 +27,7 @@ LETTERS = {
     "moe": "E",
 }
 MOST = 1 << 16  # experts or depths; a layout lists every one of them
+NATIVE_ENDS = {"trunk": "model", "embeddings": "embed_tokens", "norm": "norm"}
 MTP_PATTERN = ("mtp_hybrid_override_pattern", "mtp_layers_block_type")
 
 
@@ -156,13 +158,8 @@ def mlp(d: NemotronDims) -> Block:
 def moe(d: NemotronDims) -> Block:
     """`E`"""
     assert d.moe is not None
-    rows: list[Row] = [
-        rule("norm.weight", "norm"),
-        rule("mixer.gate.weight", "router"),
-        rule("mixer.gate.e_score_correction_bias", "router_bias"),
-        rule("mixer.experts.{e}.up_proj.weight", "experts.{e}.up"),
-        rule("mixer.experts.{e}.down_proj.weight", "experts.{e}.down"),
-    ]
+    bias = "mixer.gate.e_score_correction_bias"
+    rows: list[Row] = [rule("norm.weight", "norm"), rule("mixer.gate.weight", "router")]
     if d.moe.S:
         rows += [rule(f"mixer.shared_experts.{p}_proj.weight", f"shared.{p}") for p in ("up", "down")]
     if d.moe.latent:
@@ -170,13 +167,30 @@ def moe(d: NemotronDims) -> Block:
             rule("mixer.fc1_latent_proj.weight", "latent_in"),
             rule("mixer.fc2_latent_proj.weight", "latent_out"),
         ]
-    return b.with_hf(b.moe(d.moe), *rows)
+    single = [rule(f"mixer.experts.{{e}}.{p}_proj.weight", f"experts.{{e}}.{p}") for p in ("up", "down")]
+    stacked = [rule(f"mixer.experts.{p}_proj", f"experts.{{e}}.{p}", over=("e",)) for p in ("up", "down")]
+    transposed = [
+        rule(f"mixer.experts.{name}_projs", f"experts.{{e}}.{p}", op=Permute((1, 0)), over=("e",))
+        for name, p in (("gate_and_up", "up"), ("down", "down"))
+    ]
+    native = (
+        *rows,
+        *only(rule(bias, "router_bias"), *stacked, experts="stacked"),
+        *only(rule(bias, "router_bias", dtype="F32"), *transposed, experts="transposed"),
+    )
+    return b.with_hf(b.moe(d.moe), *rows, rule(bias, "router_bias"), *single, native=native)
 
 
 def mamba(d: NemotronDims) -> Block:
     """`M`"""
     assert d.mamba is not None
-    return b.with_hf(b.mamba(d.mamba), rule("norm.weight", "norm"), *b.hf_mamba_rows("mixer"))
+    norm, holder = rule("norm.weight", "norm"), "_fp32_params."
+    native = (
+        norm,
+        *only(*b.hf_mamba_rows("mixer"), ssm=""),
+        *only(*b.hf_mamba_rows("mixer", holder, "F32"), ssm=holder),
+    )
+    return b.with_hf(b.mamba(d.mamba), norm, *b.hf_mamba_rows("mixer"), native=native)
 
 
 KINDS = {"M": mamba, "*": attention, "-": mlp, "E": moe}
@@ -200,21 +214,26 @@ def ends(d: NemotronDims) -> Block:
         params.append(Param("head", (d.V, d.H), vocab=True))
         hf.append(rule("lm_head.weight", "head"))
         megatron.append(rule("output_layer.weight", "head"))
-    return Block(tuple(params), {"hf": tuple(hf), "megatron": tuple(megatron)})
+    native = tuple(replace(row, tensor=row.tensor.format_map(NATIVE_ENDS)) for row in hf if not isinstance(row, Extra))
+    return Block(tuple(params), {"hf": tuple(hf), "megatron": tuple(megatron), "native": native})
 
 
 def places(d: NemotronDims) -> Iterator[Placed]:
     """Every block of the model with its prefix in each layout."""
-    yield Placed(ends(d), "", {"hf": "{wrapper}", "megatron": "{wrapper}"})
+    yield Placed(ends(d), "", {"hf": "{wrapper}", "megatron": "{wrapper}", "native": ""})
     blocks = {letter: KINDS[letter](d) for letter in set(d.pattern + d.mtp_pattern)}
-    layer = {"hf": "{wrapper}{trunk}.layers.{i}.", "megatron": "{wrapper}decoder.layers.{i}."}
+    layer = {
+        "hf": "{wrapper}{trunk}.layers.{i}.",
+        "megatron": "{wrapper}decoder.layers.{i}.",
+        "native": "model.layers.{i}.",
+    }
     for i, letter in enumerate(d.pattern):
         yield Placed(blocks[letter], "layers.{i}.", layer, {"i": i}, stack="i")
     fusion = b.with_hf(b.mtp_fusion(d.H), *(rule(f"{n}.weight", n) for n in ("enorm", "hnorm", "eh_proj")))
     final = b.with_hf(b.mtp_final_norm(d.H), rule("final_layernorm.weight", "final_layernorm"))
-    flat = "{wrapper}mtp.layers.{f}."
-    depth = {"hf": flat, "megatron": "{wrapper}mtp.layers.{k}."}
-    sub = {"hf": flat, "megatron": "{wrapper}mtp.layers.{k}.{inner}.layers.{j}."}
+    flat = {"hf": "{wrapper}mtp.layers.{f}.", "native": "mtp.layers.{f}."}
+    depth = {**flat, "megatron": "{wrapper}mtp.layers.{k}."}
+    sub = {**flat, "megatron": "{wrapper}mtp.layers.{k}.{inner}.layers.{j}."}
     P = len(d.mtp_pattern)
     for k in range(d.depths):
         yield Placed(fusion, "mtp.{k}.", depth, {"k": k, "f": k * P})
@@ -274,6 +293,13 @@ FAMILY = Family(
             "wrapper": ("", "model.", "module.", "language_model."),
             **b.MEGATRON_CHOICES,
             "final_norm": ("final_norm", "final_layernorm"),
+        },
+        "native": {"experts": ("stacked", "transposed"), "ssm": ("", "_fp32_params.")},
+    },
+    variants={
+        "native": {
+            "automodel": {"experts": "transposed", "ssm": "_fp32_params."},
+            "automodel-0.5": {"experts": "transposed", "ssm": ""},
         },
     },
     declared_depths=declared_depths,

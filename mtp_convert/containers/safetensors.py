@@ -34,11 +34,14 @@ class _Duplicate(ValueError):
 
 
 def read(folder: Path) -> Stored:
-    """Everything that a safetensors folder holds, from headers alone.
+    """Everything that a safetensors folder, or one file, holds, from headers alone.
 
     Raises:
         ConvertError: MTP002 nothing there, MTP010 a damaged file, MTP011 a damaged index, MTP012 a name in two files.
     """
+    if folder.is_file():
+        headers, tensors = _shards([folder])
+        return Stored("safetensors", folder.parent, tensors, files=(folder,), headers=headers)
     index_path, single = folder / INDEX, folder / SINGLE
     weight_map: dict[str, str] | None = None
     warnings: list[str] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ class Family:
 
     dims(config, depths): the sizes that fix every index; `depths` are the stored ones.
     places(dims): every block of the model with its prefix in each layout.
+    variants: spellings of a layout that have a name of their own, as the words that differ from the released one.
     with_depths(config, depths): the HF config that agrees with `depths` stored ones.
     megatron_args(config, steps, repeated): the training arguments that Megatron-LM's --use-checkpoint-args reads.
     """
@@ -48,6 +49,7 @@ class Family:
     dims: Callable[[Config, int], Dims]
     places: Callable[[Any], Iterator[Placed]]
     choices: Mapping[str, Choices]
+    variants: Mapping[str, Mapping[str, Words]] = field(default_factory=dict, kw_only=True)
     declared_depths: Callable[[Config], int]
     with_depths: Callable[[Config, int], dict[str, Any]]
     megatron_args: Callable[[Config, int, bool], dict[str, Any]]
@@ -71,8 +73,9 @@ class Family:
 
     def _words_of(self, name: str, place: Placed) -> list[str]:
         """The words that the tensor names of a place depend on."""
-        rows = [row.tensor for row in place.block.rows[name] if isinstance(row, Rule)]
-        used = {field for template in (place.prefixes[name], *rows) for field in fields_of(template)}
+        rules = [row for row in place.block.rows[name] if isinstance(row, Rule)]
+        templates = (place.prefixes[name], *(row.tensor for row in rules))
+        used = {f for template in templates for f in fields_of(template)} | {w for row in rules for w in row.when}
         return [word for word in self.choices[name] if word in used]
 
     def fit(self, name: str, dims: Dims, stored: frozenset[str]) -> Layout:

@@ -7,7 +7,7 @@ without hole or overlap, and no name is used twice. A table that cannot be right
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from mtp_convert.mapping.rules import (
@@ -21,6 +21,7 @@ from mtp_convert.mapping.rules import (
     Words,
     assignments,
     expand,
+    holds,
 )
 from mtp_convert.mapping.views import Shape, View
 
@@ -47,6 +48,7 @@ class Binding:
     stacked: int = 0
     vocab: bool = False
     high_precision: bool = False
+    dtype: str = ""  # the element type that the layout always stores it in; empty where it follows the rest
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Layout:
     def copy_binding(self, tensor: str) -> Binding:
         """The binding that a copy would have if it were the param's own tensor."""
         own, _ = self.home[self.copies[tensor]]
-        return Binding(tensor, own.shape, own.parts, own.stacked, own.vocab, own.high_precision)
+        return replace(own, tensor=tensor)
 
 
 def build(name: str, placed: Iterable[Placed], words: Words) -> Layout:
@@ -88,6 +90,8 @@ def build(name: str, placed: Iterable[Placed], words: Words) -> Layout:
             **_layers(place),
         }
         for row in place.block.rows[name]:
+            if not holds(row, words):
+                continue
             if isinstance(row, Rule):
                 for b in _bind(row, prefix, place, domains, words, params):
                     if b.tensor in bindings:
@@ -150,6 +154,7 @@ def _bind(
             len(counts),
             vocab=any(p.vocab for p in first),
             high_precision=all(p.high_precision for p in first),
+            dtype=row.dtype,
         )
 
 
@@ -183,10 +188,8 @@ def _stacked(layout: str, placed: tuple[Placed, ...]) -> Iterator[Placed]:
             raise LayoutError(f"{layout}: layers of different kinds cannot be stacked")
         rows: list[Rule | Extra | Copy] = []
         for row in first.block.rows[layout]:
-            if isinstance(row, Rule):
-                rows.append(Rule(row.tensor, row.params, row.op, (index, *row.over)))
-            elif isinstance(row, Extra):
-                rows.append(Extra(row.key, (index, *row.over)))
+            if not isinstance(row, Copy):
+                rows.append(replace(row, over=(index, *row.over)))
         prefix = first.prefixes[layout].replace(f"{{{index}}}.", "")
         block = Block(first.block.params, {layout: tuple(rows)}, first.block.domains)
         yield Placed(block, first.param, {layout: prefix}, {"count": len(members)}, index)

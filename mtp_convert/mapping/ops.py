@@ -6,13 +6,13 @@ tensor. Nothing here says which side is read, so one op serves both directions.
     Same            tensor = param
     Concat(d)       [a; b; c] along dimension d
     Grouped(g)      rows [a_0; b_0; c_0; a_1; b_1; c_1; ...]: every param's rows are cut into g groups (Megatron's QKV)
-    Permute(order)  dimension j of the tensor is dimension order[j] of the param
+    Permute(order)  dimension j of the tensor is dimension order[j] of the param, or of what another op makes
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mtp_convert.mapping.views import Axis, Shape, View, whole
@@ -80,16 +80,19 @@ class Grouped:
 
 @dataclass(frozen=True, slots=True)
 class Permute:
-    """Dimensions in another order; `Permute((1, 0))` is the transpose."""
+    """Dimensions of what `of` makes, in another order; `Permute((1, 0))` is the transpose."""
 
     order: tuple[int, ...]
+    of: Op = field(default_factory=Same)
 
     def place(self, shapes: Sequence[Shape]) -> Placed:
-        """Take exactly one param."""
-        (shape,) = shapes
+        """Take what `of` takes."""
+        shape, views = self.of.place(shapes)
         where = {dim: j for j, dim in enumerate(self.order)}
-        axes = tuple(Axis(n, where[d], 1) for d, n in enumerate(shape))
-        return tuple(shape[d] for d in self.order), (View((0,) * len(shape), axes),)
+        return tuple(shape[d] for d in self.order), tuple(
+            View(tuple(v.start[d] for d in self.order), tuple(Axis(a.size, where[a.dim], a.step) for a in v.axes))
+            for v in views
+        )
 
 
 def _without(shape: Shape, dim: int) -> Shape:

@@ -1,13 +1,14 @@
 """Rows of the tables: params, rules, extra objects, and the blocks that bundle them.
 
-Templates hold words of a layout variant (`{trunk}`) and indices (`{i}` layer, `{e}` expert, `{k}` MTP depth). Expanding
-a template needs every index's values, which come from the config; nothing is ever matched against a stored name.
+Templates hold words of a layout's spelling (`{trunk}`) and indices (`{i}` layer, `{e}` expert, `{k}` MTP depth).
+Expanding a template needs every index's values, which come from the config; nothing is ever matched against a stored
+name. A word may also decide whether a row holds at all (`only`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from string import Formatter
 
@@ -35,12 +36,18 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One layout tensor <- its params through one op; `over` names indices stacked in front, outermost first."""
+    """One layout tensor <- its params through one op.
+
+    over: indices stacked in front, outermost first. when: words that must be chosen for the row to hold. dtype: the
+    element type that the layout always stores it in, by its safetensors name; empty where it follows the rest.
+    """
 
     tensor: str
     params: tuple[str, ...]
     op: Op = SAME
     over: tuple[str, ...] = ()
+    when: Words = field(default_factory=dict)
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,7 @@ class Extra:
 
     key: str
     over: tuple[str, ...] = ()
+    when: Words = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,7 @@ class Copy:
 
     tensor: str
     param: str
+    when: Words = field(default_factory=dict)
 
 
 Row = Rule | Extra | Copy
@@ -82,9 +91,19 @@ class Placed:
     stack: str = ""  # the index over which a homogeneous model may store these places stacked
 
 
-def rule(tensor: str, *params: str, op: Op | None = None, over: tuple[str, ...] = ()) -> Rule:
+def rule(tensor: str, *params: str, op: Op | None = None, over: tuple[str, ...] = (), dtype: str = "") -> Rule:
     """Short form of `Rule` for tables."""
-    return Rule(tensor, params, op or SAME, over)
+    return Rule(tensor, params, op or SAME, over, dtype=dtype)
+
+
+def only(*rows: Row, **words: str) -> tuple[Row, ...]:
+    """The rows, valid only where these words are chosen: two spellings that differ in structure, not in a name."""
+    return tuple(replace(row, when={**row.when, **words}) for row in rows)
+
+
+def holds(row: Row, words: Words) -> bool:
+    """Whether a row is part of the layout with these words."""
+    return all(words.get(word) == spelling for word, spelling in row.when.items())
 
 
 def fields_of(template: str) -> list[str]:

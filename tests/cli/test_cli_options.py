@@ -51,7 +51,7 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "shard inf": ((*PLAN, "--max-shard-size", "inf"), "size"),
     "unknown option": ((*PLAN, "--frobnicate"), "--frobnicate"),
     "unknown command": (("frobnicate",), "frobnicate"),
-    "no source": (("inspect",), "src"),
+    "no source": (("inspect",), "SRC"),
     "too many": (("inspect", SOURCE, SOURCE), "unexpected extra argument"),
     "explain nothing": (("explain", "MTP999"), "MTP999"),
 }

@@ -97,7 +97,7 @@ def halve_fusion(p: Placed) -> Placed:
     H, both = sizes["eh_proj"]
     params = [q for q in p.block.params if q.name != "eh_proj"]
     params += [Param("left", (H, both // 2)), Param("right", (H, both // 2))]
-    halves = {"hf": ("left", "right"), "megatron": ("right", "left")}
+    halves = {"hf": ("left", "right"), "native": ("left", "right"), "megatron": ("right", "left")}
     rows = {
         layout: tuple(
             rule(r.tensor, *halves[layout], op=Concat(1)) if isinstance(r, Rule) and r.params == ("eh_proj",) else r

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mtp_convert.adapters._blocks import Attention, Mamba, Moe
+from mtp_convert.adapters.blocks import Attention, Mamba, Moe
 from mtp_convert.mapping.family import Config
 
 
@@ -34,7 +34,7 @@ def attention_args(d: Attention) -> dict[str, Any]:
         "num_query_groups": d.K,
         "group_query_attention": d.Q != d.K,
         "kv_channels": d.D,
-        "add_qkv_bias": d.bias,
+        "add_qkv_bias": d.qkv_bias,
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mtp_convert.adapters import _arguments as args
-from mtp_convert.adapters import _blocks as b
+from mtp_convert.adapters import blocks as b
 from mtp_convert.mapping.family import Config, ConfigError, Family
 from mtp_convert.mapping.ops import Permute
 from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, only, rule
@@ -74,7 +74,8 @@ def dims(config: Config, depths: int) -> NemotronDims:
             heads,
             groups,
             head_dim,
-            bool(config.get("attention_bias")),
+            qkv_bias=bool(config.get("attention_bias")),
+            o_bias=bool(config.get("attention_bias")),
         ),
         mlp=b.Mlp(
             H,
@@ -144,7 +145,7 @@ def read_pattern(config: Config, text: str, listed: str) -> str:
 def attention(d: NemotronDims) -> Block:
     """`*`"""
     rows = [rule(f"mixer.{p}_proj.weight", p) for p in "qkvo"]
-    bias = [rule(f"mixer.{p}_proj.bias", f"{p}_bias") for p in "qkvo"] if d.attention.bias else []
+    bias = [rule(f"mixer.{p}_proj.bias", f"{p}_bias") for p in "qkvo"] if d.attention.qkv_bias else []
     return b.with_hf(b.attention(d.attention), rule("norm.weight", "norm"), *rows, *bias)
 
 
@@ -229,8 +230,7 @@ def places(d: NemotronDims) -> Iterator[Placed]:
     }
     for i, letter in enumerate(d.pattern):
         yield Placed(blocks[letter], "layers.{i}.", layer, {"i": i}, stack="i")
-    fusion = b.with_hf(b.mtp_fusion(d.H), *(rule(f"{n}.weight", n) for n in ("enorm", "hnorm", "eh_proj")))
-    final = b.with_hf(b.mtp_final_norm(d.H), rule("final_layernorm.weight", "final_layernorm"))
+    fusion, final = b.hf_fusion(d.H), b.mtp_final_norm(d.H)
     flat = {"hf": "{wrapper}mtp.layers.{f}.", "native": "mtp.layers.{f}."}
     depth = {**flat, "megatron": "{wrapper}mtp.layers.{k}."}
     sub = {**flat, "megatron": "{wrapper}mtp.layers.{k}.{inner}.layers.{j}."}
@@ -266,7 +266,7 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
         "position_embedding_type": "none",
         "add_position_embedding": False,
         "use_rotary_position_embeddings": False,
-        "add_bias_linear": d.attention.bias or d.mlp.bias,
+        "add_bias_linear": d.attention.o_bias or d.mlp.bias,
         "squared_relu": config.get("mlp_hidden_act", "relu2") == "relu2",
         "swiglu": False,
         "is_hybrid_model": True,
@@ -289,11 +289,16 @@ FAMILY = Family(
             "embeddings": ("embeddings", "embedding", "embed_tokens"),
             "norm": ("norm_f", "norm"),
         },
-        "megatron": {
-            "wrapper": ("", "model.", "module.", "language_model."),
-            **b.MEGATRON_CHOICES,
-            "final_norm": ("final_norm", "final_layernorm"),
-        },
+        "megatron": b.megatron_words(
+            "wrapper",
+            "inner",
+            "decoder",
+            "attention_norm",
+            "mlp_norm",
+            "moe_norm",
+            "mamba_norm",
+            final_norm="final_norm",
+        ),
         "native": {"experts": ("stacked", "transposed"), "ssm": ("", "_fp32_params.")},
     },
     variants={

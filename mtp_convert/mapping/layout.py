@@ -98,9 +98,7 @@ def build(name: str, placed: Iterable[Placed], words: Words) -> Layout:
                         raise LayoutError(f"{name}: tensor {b.tensor!r} is written by two rules")
                     bindings[b.tensor] = b
             elif isinstance(row, Copy):
-                copies[(prefix + row.tensor).format_map({**words, **place.at})] = (
-                    place.param.format_map(dict(place.at)) + row.param
-                )
+                copies[(prefix + row.tensor).format_map({**words, **place.at})] = row.param
             else:
                 objects += _objects(row, prefix, domains, words)
     home = _home(name, bindings, params)
@@ -176,13 +174,13 @@ def _layers(place: Placed) -> Domains:
 
 def _stacked(layout: str, placed: tuple[Placed, ...]) -> Iterator[Placed]:
     """Merge the places that share a stacking index into one whose rules stack over it."""
-    groups: dict[str, list[Placed]] = {}
+    groups: dict[tuple[str, str], list[Placed]] = {}
     for place in placed:
         if place.stack:
-            groups.setdefault(place.stack, []).append(place)
+            groups.setdefault((place.stack, place.param), []).append(place)
         else:
             yield place
-    for index, members in groups.items():
+    for (index, _), members in groups.items():
         first = members[0]
         if any(m.block != first.block for m in members):
             raise LayoutError(f"{layout}: layers of different kinds cannot be stacked")

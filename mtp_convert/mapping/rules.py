@@ -61,7 +61,7 @@ class Extra:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A tensor that must hold the same numbers as a param when it is stored at all."""
+    """A tensor that must hold the same numbers as a param, of any place (its full name), when it is stored at all."""
 
     tensor: str
     param: str

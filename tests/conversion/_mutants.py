@@ -14,7 +14,7 @@ from pathlib import Path
 from _kit import AUTOMODEL, TINY
 
 from mtp_convert.mapping.ops import Concat, Grouped, Permute
-from mtp_convert.mapping.rules import Block, Param, Placed, Row, Rule, rule
+from mtp_convert.mapping.rules import Block, Placed, Row, Rule
 
 Change = Callable[[Placed], Placed]
 HYBRID = AUTOMODEL / "nemotron_mtpM"  # all four kinds of block, also inside MTP; two depths
@@ -89,25 +89,6 @@ def _shifted(row: Row, params: tuple[str, ...]) -> Row:
     return replace(row, params=tuple(p.replace("{e}", "{s}") for p in row.params), over=("s",))
 
 
-def halve_fusion(p: Placed) -> Placed:
-    """eh_proj [hidden | embedding] instead of [embedding | hidden]."""
-    sizes = {param.name: param.shape for param in p.block.params}
-    if "eh_proj" not in sizes:
-        return p
-    H, both = sizes["eh_proj"]
-    params = [q for q in p.block.params if q.name != "eh_proj"]
-    params += [Param("left", (H, both // 2)), Param("right", (H, both // 2))]
-    halves = {"hf": ("left", "right"), "native": ("left", "right"), "megatron": ("right", "left")}
-    rows = {
-        layout: tuple(
-            rule(r.tensor, *halves[layout], op=Concat(1)) if isinstance(r, Rule) and r.params == ("eh_proj",) else r
-            for r in found
-        )
-        for layout, found in p.block.rows.items()
-    }
-    return replace(p, block=Block(tuple(params), rows, p.block.domains))
-
-
 def other_depth(param: str, p: Placed) -> Placed:
     """Depth 0 and 1 of the Hugging Face names change places (`param` "": all of it, else only this block)."""
     k = p.at.get("k")
@@ -137,7 +118,7 @@ def all_mutants() -> Iterator[Mutant]:
         "in_proj z and x": swap("in_proj.z", "in_proj.x"),
         "out_proj transposed": turn("out"),
         "enorm and hnorm": swap("enorm", "hnorm"),
-        "eh_proj halves": halve_fusion,
+        "eh_proj halves": swap("eh_proj.e", "eh_proj.h"),
         "embedding and head": swap("embedding", "head"),
         "experts shifted": shift_experts("experts.{e}.up", "experts.{e}.down"),
         "expert up shifted": shift_experts("experts.{e}.up"),

@@ -1,0 +1,38 @@
+"""Blocks shared by families: params with shapes, and their rows in Megatron-Core's torch_dist names.
+
+A family takes a block with Hugging Face names, or adds its own with `with_hf`. Every file has its shape legend.
+"""
+
+from mtp_convert.adapters.blocks.attention import Attention, attention, llama_attention
+from mtp_convert.adapters.blocks.base import MEGATRON_WORDS, megatron_words, renamed, te, with_hf
+from mtp_convert.adapters.blocks.mamba import Mamba, hf_mamba_rows, mamba
+from mtp_convert.adapters.blocks.mla import Mla, deepseek_mla, mla
+from mtp_convert.adapters.blocks.mlp import Mlp, llama_mlp, mlp
+from mtp_convert.adapters.blocks.moe import Moe, llama_moe, moe
+from mtp_convert.adapters.blocks.mtp import hf_fusion, mtp_final_norm, mtp_fusion
+
+__all__ = [
+    "MEGATRON_WORDS",
+    "Attention",
+    "Mamba",
+    "Mla",
+    "Mlp",
+    "Moe",
+    "attention",
+    "deepseek_mla",
+    "hf_fusion",
+    "hf_mamba_rows",
+    "llama_attention",
+    "llama_mlp",
+    "llama_moe",
+    "mamba",
+    "megatron_words",
+    "mla",
+    "mlp",
+    "moe",
+    "mtp_final_norm",
+    "mtp_fusion",
+    "renamed",
+    "te",
+    "with_hf",
+]

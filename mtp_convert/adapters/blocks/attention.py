@@ -1,0 +1,75 @@
+"""Grouped-query attention with its pre-norm, in Megatron's fused names and in Llama's.
+
+H hidden   Q query heads   K key/value heads   D head dim
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mtp_convert.adapters.blocks.base import te, with_hf
+from mtp_convert.mapping.ops import Grouped
+from mtp_convert.mapping.rules import Block, Param, Row, rule
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Sizes of a grouped-query attention block, and which params it has beside q, k, v, o.
+
+    gated: every query head has D output gates, stored behind its query rows.
+    """
+
+    H: int
+    Q: int
+    K: int
+    D: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    gated: bool = False
+
+
+def attention(d: Attention) -> Block:
+    """Megatron interleaves q, (gate,) k, v per KV group."""
+    heads = {"q": d.Q, **({"gate": d.Q} if d.gated else {}), "k": d.K, "v": d.K}
+    params = [
+        Param("norm", (d.H,)),
+        *(Param(p, (n * d.D, d.H)) for p, n in heads.items()),
+        Param("o", (d.H, d.Q * d.D)),
+    ]
+    rows: list[Row] = [
+        rule("{attention_norm}", "norm"),
+        rule("self_attention.linear_qkv.weight", *heads, op=Grouped(d.K)),
+        rule("self_attention.linear_proj.weight", "o"),
+        *te("self_attention.linear_qkv", "self_attention.linear_proj"),
+    ]
+    if d.qkv_bias:
+        params += [Param(f"{p}_bias", (n * d.D,)) for p, n in heads.items()]
+        rows.append(rule("self_attention.linear_qkv.bias", *(f"{p}_bias" for p in heads), op=Grouped(d.K)))
+    if d.o_bias:
+        params.append(Param("o_bias", (d.H,)))
+        rows.append(rule("self_attention.linear_proj.bias", "o_bias"))
+    if d.qk_norm:
+        params += [Param(f"{p}_norm", (d.D,)) for p in "qk"]
+        rows += [rule(f"self_attention.{p}_layernorm.weight", f"{p}_norm") for p in "qk"]
+        rows += te("self_attention.q_layernorm", "self_attention.k_layernorm")
+    return Block(tuple(params), {"megatron": tuple(rows)})
+
+
+def llama_attention(d: Attention, norm: str = "input_layernorm", module: str = "self_attn") -> Block:
+    """The same with Hugging Face names as Llama has them; a gate shares q_proj, head by head."""
+    q = ("q", "gate") if d.gated else ("q",)
+    op = Grouped(d.Q) if d.gated else None
+    rows: list[Row] = [
+        rule(f"{norm}.weight", "norm"),
+        rule(f"{module}.q_proj.weight", *q, op=op),
+        *(rule(f"{module}.{p}_proj.weight", p) for p in "kvo"),
+    ]
+    if d.qkv_bias:
+        rows.append(rule(f"{module}.q_proj.bias", *(f"{p}_bias" for p in q), op=op))
+        rows += [rule(f"{module}.{p}_proj.bias", f"{p}_bias") for p in "kv"]
+    if d.o_bias:
+        rows.append(rule(f"{module}.o_proj.bias", "o_bias"))
+    if d.qk_norm:
+        rows += [rule(f"{module}.{p}_norm.weight", f"{p}_norm") for p in "qk"]
+    return with_hf(attention(d), *rows)

@@ -1,0 +1,46 @@
+"""What every block needs: the words of Megatron's names, and helpers that write rows.
+
+Words of the Megatron layout: where a pre-norm lives (fused into the next linear by TransformerEngine, or separate),
+what the block inside an MTP depth is called, whether equal decoder layers are stacked. A family lists those it uses.
+"""
+
+from __future__ import annotations
+
+from mtp_convert.mapping.rules import Block, Extra, Row, rule
+
+# The first spelling is what current Megatron-Core with TransformerEngine specs writes.
+MEGATRON_WORDS: dict[str, tuple[str, ...]] = {
+    "wrapper": ("", "model.", "module.", "language_model."),
+    "inner": ("mtp_model_layer", "transformer_layer"),
+    "decoder": ("per_layer", "stacked"),
+    "attention_norm": ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+    "mlp_norm": ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    "moe_norm": ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    "mamba_norm": ("mixer.in_proj.layer_norm_weight", "norm.weight"),
+    "q_norm": ("linear_q_up_proj.layer_norm_weight", "q_layernorm.weight"),
+    "kv_norm": ("linear_kv_up_proj.layer_norm_weight", "kv_layernorm.weight"),
+    "final_norm": ("final_layernorm", "final_norm"),
+}
+
+
+def megatron_words(*names: str, **first: str) -> dict[str, tuple[str, ...]]:
+    """The choices of a family: `names` of `MEGATRON_WORDS`, some with another released spelling."""
+    chosen = {name: MEGATRON_WORDS[name] for name in names}
+    for name, spelling in first.items():
+        chosen[name] = (spelling, *(s for s in MEGATRON_WORDS[name] if s != spelling))
+    return chosen
+
+
+def with_hf(block: Block, *rows: Row, native: tuple[Row, ...] | None = None) -> Block:
+    """The block with its Hugging Face rows; those of the native tree where they differ."""
+    return Block(block.params, {**block.rows, "hf": rows, "native": rows if native is None else native}, block.domains)
+
+
+def te(*modules: str, over: tuple[str, ...] = ()) -> tuple[Extra, ...]:
+    """The `_extra_state` objects of TransformerEngine modules."""
+    return tuple(Extra(f"{m}._extra_state", over) for m in modules)
+
+
+def renamed(*names: tuple[str, str], dtype: str = "") -> tuple[Row, ...]:
+    """Rows for tensors that hold one param each, from (tensor, param)."""
+    return tuple(rule(tensor, param, dtype=dtype) for tensor, param in names)

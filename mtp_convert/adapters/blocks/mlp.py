@@ -1,0 +1,52 @@
+"""Dense MLP with its pre-norm, gated or not, in Megatron's names and in Llama's.
+
+H hidden   F inner size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mtp_convert.adapters.blocks.base import te, with_hf
+from mtp_convert.mapping.ops import Concat
+from mtp_convert.mapping.rules import Block, Param, Row, rule
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """Sizes of an MLP block; `gated`: down(act(gate(x)) * up(x)) instead of down(act(up(x)))."""
+
+    H: int
+    F: int
+    bias: bool = False
+    gated: bool = False
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """Params of the first matrix, in Megatron's row order."""
+        return ("gate", "up") if self.gated else ("up",)
+
+
+def mlp(d: Mlp) -> Block:
+    """Megatron's linear_fc1 holds the gate above the up projection."""
+    params = [Param("norm", (d.H,)), *(Param(p, (d.F, d.H)) for p in d.first), Param("down", (d.H, d.F))]
+    rows: list[Row] = [
+        rule("{mlp_norm}", "norm"),
+        rule("mlp.linear_fc1.weight", *d.first, op=Concat(0)),
+        rule("mlp.linear_fc2.weight", "down"),
+        *te("mlp.linear_fc1", "mlp.linear_fc2"),
+    ]
+    if d.bias:
+        params += [*(Param(f"{p}_bias", (d.F,)) for p in d.first), Param("down_bias", (d.H,))]
+        rows += [
+            rule("mlp.linear_fc1.bias", *(f"{p}_bias" for p in d.first), op=Concat(0)),
+            rule("mlp.linear_fc2.bias", "down_bias"),
+        ]
+    return Block(tuple(params), {"megatron": tuple(rows)})
+
+
+def llama_mlp(d: Mlp, norm: str = "post_attention_layernorm", module: str = "mlp") -> Block:
+    """The same with Llama's Hugging Face names."""
+    rows = [rule(f"{module}.{p}_proj.weight", p) for p in (*d.first, "down")]
+    bias = [rule(f"{module}.{p}_proj.bias", f"{p}_bias") for p in (*d.first, "down")] if d.bias else []
+    return with_hf(mlp(d), rule(f"{norm}.weight", "norm"), *rows, *bias)

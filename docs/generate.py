@@ -94,7 +94,7 @@ def family_page(name: str) -> str:
 
     family = next(f for f in adapters.families() if f.name == name)
     config = json.loads((FIXTURES / "configs" / f"{name}.json").read_text())
-    dims = family.dims(config, family.declared_depths(config))
+    dims = family.dims(config, family.depths.declared(config))
     hf, megatron = family.layout("hf", dims), family.layout("megatron", dims)
     steps = make_plan(hf, megatron).steps
     merged = dict.fromkeys((general(s.tensor), s.op, general(*s.sources)) for s in steps)

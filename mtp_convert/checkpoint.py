@@ -150,7 +150,7 @@ def open_checkpoint(
         model = model[field]
     names = frozenset(stored.tensors)
     try:
-        declared = family.declared_depths(model)
+        declared = family.depths.declared(model)
         dims = family.dims(model, declared)
         noted = _provenance(located)
         found = _recognise(family, dims, names, located=located, noted=noted, wanted=layout)

@@ -54,6 +54,7 @@ class Inspection:
 def inspect_checkpoint(c: Checkpoint) -> Inspection:
     """Summarise an opened checkpoint."""
     mtp = [n for n, b in c.layout.bindings.items() if b.parts[0].param.startswith("mtp.")]
+    released = c.family.default_words(c.layout.name, c.dims)
     main = [n for n in (*c.layout.bindings, *sorted(c.copies)) if n not in set(mtp)]
     return Inspection(
         path=str(c.located.given),
@@ -61,7 +62,7 @@ def inspect_checkpoint(c: Checkpoint) -> Inspection:
         title=c.family.title,
         layout=c.layout.name,
         container=c.stored.container,
-        spelling={w: s for w, s in c.layout.words.items() if s != c.family.default_words(c.layout.name)[w]},
+        spelling={w: s for w, s in c.layout.words.items() if s != released[w]},
         tensors=len(c.stored.tensors),
         objects=len(c.stored.objects),
         nbytes=c.stored.nbytes,

@@ -98,4 +98,4 @@ def _true_rows(c: Checkpoint, tensor: StoredTensor) -> StoredExtent:
 
 def _meaning(c: Checkpoint) -> dict[str, Any]:
     """The config with the stored number of depths, which a conversion is allowed to correct."""
-    return c.family.with_depths(c.model_config, c.dims.depths)
+    return c.family.depths.corrected(c.model_config, c.dims.depths)

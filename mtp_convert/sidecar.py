@@ -45,8 +45,8 @@ def side_files(folder: Path) -> dict[str, Path]:
 def config_file(checkpoint: Checkpoint, depths: int, dtype: str) -> Content:
     """config.json: the source's own file if it agrees with what is written, else a corrected one."""
     family, section = checkpoint.family, dict(checkpoint.model_config)
-    if family.declared_depths(section) != depths:
-        section = family.with_depths(section, depths)
+    if family.depths.declared(section) != depths:
+        section = family.depths.corrected(section, depths)
     config = {**checkpoint.config, checkpoint.section[0]: section} if checkpoint.section else section
     if dtype in CAST_TARGETS:
         config = _with_dtype(config, CAST_TARGETS[dtype].torch_name)

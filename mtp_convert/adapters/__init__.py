@@ -10,7 +10,7 @@ from typing import Any
 from mtp_convert.errors import ConvertError, Problem
 from mtp_convert.mapping.family import Family
 
-MODULES: tuple[str, ...] = ("nemotron_h",)
+MODULES: tuple[str, ...] = ("nemotron_h", "deepseek_v3")
 # Multi-modal wrappers keep the language model's config in one of these fields.
 NESTED = ("text_config", "llm_config", "language_config")
 

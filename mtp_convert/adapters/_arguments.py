@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mtp_convert.adapters.blocks import Attention, Mamba, Moe
+from mtp_convert.adapters._config import partial_rotary, rope_scaling, rope_theta
+from mtp_convert.adapters.blocks import Attention, Mamba, Mla, Moe
 from mtp_convert.mapping.family import Config
 
 
@@ -35,7 +36,58 @@ def attention_args(d: Attention) -> dict[str, Any]:
         "group_query_attention": d.Q != d.K,
         "kv_channels": d.D,
         "add_qkv_bias": d.qkv_bias,
+        "qk_layernorm": d.qk_norm,
+        "attention_output_gate": d.gated,
     }
+
+
+def gpt_args(config: Config) -> dict[str, Any]:
+    """What the gated, rotary decoders after Llama have in common."""
+    return {
+        "position_embedding_type": "rope",
+        "add_position_embedding": False,
+        "use_rotary_position_embeddings": True,
+        "rotary_base": rope_theta(config),
+        "rotary_percent": partial_rotary(config),
+        "add_bias_linear": False,
+        "swiglu": True,
+    }
+
+
+def mla_args(config: Config, d: Mla) -> dict[str, Any]:
+    """Multi-head latent attention with its own rotary scaling, and the indexer of sparse attention."""
+    scaling = rope_scaling(config)
+    args: dict[str, Any] = {
+        "multi_latent_attention": True,
+        "num_attention_heads": d.Q,
+        "num_query_groups": d.Q,
+        "kv_channels": d.N + d.R,
+        "qk_layernorm": True,
+        "q_lora_rank": d.A,
+        "kv_lora_rank": d.B,
+        "qk_head_dim": d.N,
+        "qk_pos_emb_head_dim": d.R,
+        "v_head_dim": d.V,
+        "rope_type": "yarn" if scaling else "rope",
+        "rotary_percent": 1.0,
+        "rotary_scaling_factor": float(scaling.get("factor", 1.0)),
+    }
+    if scaling:
+        fields = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        args |= {f: scaling[f] for f in fields if f in scaling}
+    if d.indexer is not None:
+        args |= {
+            "experimental_attention_variant": "dsa",
+            "dsa_indexer_n_heads": d.indexer.X,
+            "dsa_indexer_head_dim": d.indexer.Y,
+            "dsa_indexer_topk": config["index_topk"],
+        }
+    return args
+
+
+def gpt_mtp_args(steps: int, *, repeated: bool) -> dict[str, Any]:
+    """MTP depths of a GPT model, if there are any."""
+    return {"mtp_num_layers": steps, "mtp_use_repeated_layer": repeated} if steps else {}
 
 
 def mamba_args(config: Config, d: Mamba | None) -> dict[str, Any]:
@@ -50,8 +102,8 @@ def mamba_args(config: Config, d: Mamba | None) -> dict[str, Any]:
     }
 
 
-def moe_args(config: Config, d: Moe | None) -> dict[str, Any]:
-    """Mixtures of experts with a sigmoid router and expert bias, if there are any."""
+def moe_args(config: Config, d: Moe | None, *, score: str = "sigmoid") -> dict[str, Any]:
+    """Mixtures of experts, if there are any; `score` is the router's function."""
     if d is None:
         return {}
     args: dict[str, Any] = {
@@ -59,10 +111,11 @@ def moe_args(config: Config, d: Moe | None) -> dict[str, Any]:
         "moe_ffn_hidden_size": d.I,
         "moe_shared_expert_intermediate_size": d.S or None,
         "moe_router_topk": config.get("num_experts_per_tok", 2),
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
+        "moe_router_score_function": score,
+        "moe_router_enable_expert_bias": d.router_bias,
+        "moe_shared_expert_gate": d.shared_gate,
         "moe_router_pre_softmax": False,
-        "moe_router_topk_scaling_factor": config.get("routed_scaling_factor", 1.0),
+        "moe_router_topk_scaling_factor": config.get("routed_scaling_factor") or 1.0,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": True,

@@ -13,6 +13,7 @@ from typing import Any
 
 from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import blocks as b
+from mtp_convert.adapters._config import MOST, depth_field, number
 from mtp_convert.mapping.family import Config, ConfigError, Family
 from mtp_convert.mapping.ops import Permute
 from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, only, rule
@@ -26,7 +27,6 @@ LETTERS = {
     "mlp": "-",
     "moe": "E",
 }
-MOST = 1 << 16  # experts or depths; a layout lists every one of them
 NATIVE_ENDS = {"trunk": "model", "embeddings": "embed_tokens", "norm": "norm"}
 MTP_PATTERN = ("mtp_hybrid_override_pattern", "mtp_layers_block_type")
 
@@ -110,14 +110,6 @@ def _moe(config: Config, H: int) -> b.Moe:
         S=number(config, "moe_shared_expert_intermediate_size"),
         latent=number(config, "moe_latent_size") if config.get("moe_latent_size") else None,
     )
-
-
-def number(config: Config, field: str, most: int = 2**40) -> int:
-    """A positive whole number of the config, at most `most`."""
-    value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise ConfigError(f"{field} must be a positive whole number up to {most}, got {value!r}")
-    return value
 
 
 def read_pattern(config: Config, text: str, listed: str) -> str:
@@ -242,18 +234,6 @@ def places(d: NemotronDims) -> Iterator[Placed]:
         yield Placed(final, "mtp.{k}.", depth, {"k": k, "f": k * P + P - 1})
 
 
-def declared_depths(config: Config) -> int:
-    """`num_nextn_predict_layers`, absent in models without MTP."""
-    if config.get("num_nextn_predict_layers") in (None, 0):
-        return 0
-    return number(config, "num_nextn_predict_layers", MOST)
-
-
-def with_depths(config: Config, depths: int) -> dict[str, Any]:
-    """`num_nextn_predict_layers` counts physical depths; a repeated layer counts once."""
-    return {**config, "num_nextn_predict_layers": depths}
-
-
 def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
     """Megatron-LM argument names; `steps` MTP depths run, over one stored depth when `repeated`."""
     d = dims(config, 1 if steps else 0)
@@ -307,8 +287,7 @@ FAMILY = Family(
             "automodel-0.5": {"experts": "transposed", "ssm": ""},
         },
     },
-    declared_depths=declared_depths,
-    with_depths=with_depths,
+    depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     bridge_provider="megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider",
     megatron_since=(0, 17),

@@ -29,6 +29,19 @@ class Dims(Protocol):
         """Whether the output head is the input embedding."""
 
 
+@dataclass(frozen=True)
+class DepthField:
+    """How a config counts MTP depths: reading it, and a config that agrees with another number of stored depths."""
+
+    declared: Callable[[Config], int]
+    corrected: Callable[[Config, int], dict[str, Any]]
+
+
+def no_words(dims: Any) -> Words:  # noqa: ANN401 - a family's own dims
+    """No word depends on the sizes."""
+    return {}
+
+
 Choices = Mapping[str, tuple[str, ...]]  # word -> its spellings, the released one first
 
 
@@ -39,7 +52,9 @@ class Family:
     dims(config, depths): the sizes that fix every index; `depths` are the stored ones.
     places(dims): every block of the model with its prefix in each layout.
     variants: spellings of a layout that have a name of their own, as the words that differ from the released one.
-    with_depths(config, depths): the HF config that agrees with `depths` stored ones.
+    depths: how its config counts MTP depths.
+    megatron_words(dims): words of the Megatron layout that depend on the sizes (equal layers are stored stacked).
+    foreign: fields of a config, or names of tensors, that mean another kind of model; with what it is.
     megatron_args(config, steps, repeated): the training arguments that Megatron-LM's --use-checkpoint-args reads.
     """
 
@@ -50,26 +65,30 @@ class Family:
     places: Callable[[Any], Iterator[Placed]]
     choices: Mapping[str, Choices]
     variants: Mapping[str, Mapping[str, Words]] = field(default_factory=dict, kw_only=True)
-    declared_depths: Callable[[Config], int]
-    with_depths: Callable[[Config, int], dict[str, Any]]
+    depths: DepthField
     megatron_args: Callable[[Config, int, bool], dict[str, Any]]
     bridge_provider: str  # Megatron-Bridge's provider class; empty where it has none
     megatron_since: tuple[int, int]  # first Megatron-Core release (major, minor) with MTP in this model class
     notes: tuple[str, ...] = ()
+    megatron_words: Callable[[Any], Words] = no_words
+    foreign: Mapping[str, str] = field(default_factory=dict)
 
     def layout(self, name: str, dims: Dims, words: Words | None = None) -> Layout:
         """The layout `name` over `dims`, in the released spelling unless `words` say otherwise."""
-        return build(name, self.places(dims), {**self.default_words(name), **(words or {})})
+        return build(name, self.places(dims), {**self.default_words(name, dims), **(words or {})})
 
-    def default_words(self, name: str) -> dict[str, str]:
+    def default_words(self, name: str, dims: Dims) -> dict[str, str]:
         """The released spelling of a layout."""
-        return {word: spellings[0] for word, spellings in self.choices[name].items()}
+        first = {word: spellings[0] for word, spellings in self.choices[name].items()}
+        return {**first, **(self.megatron_words(dims) if name == "megatron" else {})}
 
-    def spellings(self, name: str, words: Iterable[str] | None = None) -> Iterator[dict[str, str]]:
+    def spellings(self, name: str, dims: Dims, words: Iterable[str] | None = None) -> Iterator[dict[str, str]]:
         """Every combination of spellings of a layout (of `words`, the others as released), the released one first."""
         words = list(self.choices[name] if words is None else words)
-        for combo in product(*(self.choices[name][w] for w in words)):
-            yield {**self.default_words(name), **dict(zip(words, combo, strict=True))}
+        released = self.default_words(name, dims)
+        ordered = (sorted(self.choices[name][w], key=lambda s, w=w: s != released[w]) for w in words)  # type: ignore[misc]
+        for combo in product(*ordered):
+            yield {**released, **dict(zip(words, combo, strict=True))}
 
     def _words_of(self, name: str, place: Placed) -> list[str]:
         """The words that the tensor names of a place depend on."""
@@ -85,14 +104,16 @@ class Family:
         chosen word by word.
         """
         ends = [next(self.places(dims))]
-        starts = self.spellings(name, self._words_of(name, ends[0]))
+        starts = self.spellings(name, dims, self._words_of(name, ends[0]))
         start = max(starts, key=lambda words: len(stored & build(name, ends, words).bindings.keys()))
         best = self.layout(name, dims, start)
         score = len(stored & best.bindings.keys())
         for word, spellings in self.choices[name].items():
             if score == len(best.bindings):
                 break
-            for spelling in spellings[1:]:
+            for spelling in spellings:
+                if spelling == best.words[word]:
+                    continue
                 try:
                     other = self.layout(name, dims, {**best.words, word: spelling})
                 except LayoutError:  # a spelling that this model cannot have, e.g. stacked unequal layers

@@ -43,14 +43,14 @@ def test_an_optional_size_that_is_no_size_is_named(field: str, value: object) ->
 @pytest.mark.parametrize("value", [-1, "1", 1.5, True, [1], 10**9], ids=repr)
 def test_depths_that_are_no_number_are_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="num_nextn_predict_layers"):
-        FAMILY.declared_depths({**FULL, "num_nextn_predict_layers": value})
+        FAMILY.depths.declared({**FULL, "num_nextn_predict_layers": value})
 
 
 def test_declared_depths() -> None:
-    assert FAMILY.declared_depths(FULL) == 2
-    assert FAMILY.declared_depths(tiny("M")) == 0
-    assert FAMILY.declared_depths({"num_nextn_predict_layers": None}) == 0
-    assert FAMILY.with_depths(FULL, 1) == {**FULL, "num_nextn_predict_layers": 1}
+    assert FAMILY.depths.declared(FULL) == 2
+    assert FAMILY.depths.declared(tiny("M")) == 0
+    assert FAMILY.depths.declared({"num_nextn_predict_layers": None}) == 0
+    assert FAMILY.depths.corrected(FULL, 1) == {**FULL, "num_nextn_predict_layers": 1}
 
 
 def test_sizes_that_no_block_needs_may_be_absent() -> None:
@@ -150,7 +150,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("words", list(FAMILY.spellings("hf")), ids=lambda w: "/".join(w.values()))
+@pytest.mark.parametrize("words", list(FAMILY.spellings("hf", FAMILY.dims(FULL, 2))), ids=lambda w: "/".join(w.values()))
 def test_every_hf_spelling_is_found(model: str, words: dict[str, str]) -> None:
     stored, chosen = found("hf", *MODELS[model], words)
     assert chosen.bindings == stored.bindings

@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 def layout(config: dict[str, Any], name: str, depths: int | None = None, **words: str) -> Layout:
     family, section = find(config)
     assert section == ()
-    depths = family.declared_depths(config) if depths is None else depths
+    depths = family.depths.declared(config) if depths is None else depths
     return family.layout(name, family.dims(config, depths), words)
 
 

@@ -5,23 +5,31 @@ A family takes a block with Hugging Face names, or adds its own with `with_hf`. 
 
 from mtp_convert.adapters.blocks.attention import Attention, attention, llama_attention
 from mtp_convert.adapters.blocks.base import MEGATRON_WORDS, megatron_words, renamed, te, with_hf
+from mtp_convert.adapters.blocks.decoder import TRUNKS, Depth, HfPrefixes, Layer, ends, homogeneous, places
 from mtp_convert.adapters.blocks.mamba import Mamba, hf_mamba_rows, mamba
-from mtp_convert.adapters.blocks.mla import Mla, deepseek_mla, mla
+from mtp_convert.adapters.blocks.mla import Indexer, Mla, deepseek_mla, mla
 from mtp_convert.adapters.blocks.mlp import Mlp, llama_mlp, mlp
 from mtp_convert.adapters.blocks.moe import Moe, llama_moe, moe
 from mtp_convert.adapters.blocks.mtp import hf_fusion, mtp_final_norm, mtp_fusion
 
 __all__ = [
     "MEGATRON_WORDS",
+    "TRUNKS",
     "Attention",
+    "Depth",
+    "HfPrefixes",
+    "Indexer",
+    "Layer",
     "Mamba",
     "Mla",
     "Mlp",
     "Moe",
     "attention",
     "deepseek_mla",
+    "ends",
     "hf_fusion",
     "hf_mamba_rows",
+    "homogeneous",
     "llama_attention",
     "llama_mlp",
     "llama_moe",
@@ -32,6 +40,7 @@ __all__ = [
     "moe",
     "mtp_final_norm",
     "mtp_fusion",
+    "places",
     "renamed",
     "te",
     "with_hf",

@@ -1,6 +1,7 @@
 """Multi-head latent attention with its pre-norm, in Megatron's names and in DeepSeek's, with the optional indexer.
 
 H hidden   Q heads   N head dim without rope   R head dim with rope   V value head dim   A query rank   B key/value rank
+X indexer heads   Y indexer head dim
 """
 
 from __future__ import annotations
@@ -8,7 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtp_convert.adapters.blocks.base import renamed, te, with_hf
+from mtp_convert.mapping.family import ConfigError
 from mtp_convert.mapping.rules import Block, Param, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Indexer:
+    """Sizes of the indexer of sparse attention (DeepSeek-V3.2, GLM-5), which chooses the keys of every query."""
+
+    X: int
+    Y: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +35,7 @@ class Mla:
     V: int
     A: int | None
     B: int
+    indexer: Indexer | None = None
 
 
 def mla(d: Mla) -> Block:
@@ -58,7 +69,37 @@ def mla(d: Mla) -> Block:
             (f"{s}.linear_q_up_proj.weight", "q_b"),
         ]
         modules += [f"{s}.linear_q_down_proj", f"{s}.linear_q_up_proj"]
-    return Block(tuple(params), {"megatron": (*renamed(*names), *te(*modules))})
+    rows: list[Row] = [*renamed(*names), *te(*modules)]
+    if d.indexer is not None:
+        more, found = _indexer(d, d.indexer)
+        params, rows = [*params, *more], [*rows, *found]
+    return Block(tuple(params), {"megatron": tuple(rows)})
+
+
+def _indexer(d: Mla, x: Indexer) -> tuple[list[Param], list[Row]]:
+    """The key norm is a LayerNorm; both ranks have norms of their own, because the indexer reads normed queries."""
+    if d.A is None:
+        raise ConfigError("an indexer needs a query rank (q_lora_rank)")
+    params = [
+        Param("indexer.q_b", (x.X * x.Y, d.A)),
+        Param("indexer.k", (x.Y, d.H)),
+        Param("indexer.k_norm", (x.Y,)),
+        Param("indexer.k_norm_bias", (x.Y,)),
+        Param("indexer.weights", (x.X, d.H)),
+    ]
+    module = "self_attention.core_attention.indexer"
+    rows: list[Row] = [
+        *renamed(
+            (f"{module}.linear_wq_b.weight", "indexer.q_b"),
+            (f"{module}.linear_wk.weight", "indexer.k"),
+            (f"{module}.k_norm.weight", "indexer.k_norm"),
+            (f"{module}.k_norm.bias", "indexer.k_norm_bias"),
+            (f"{module}.linear_weights_proj.weight", "indexer.weights"),
+        ),
+        *te(*(f"{module}.{m}" for m in ("linear_wq_b", "linear_wk", "k_norm", "linear_weights_proj"))),
+        *te("self_attention.q_layernorm", "self_attention.kv_layernorm"),
+    ]
+    return params, rows
 
 
 def deepseek_mla(d: Mla, norm: str = "input_layernorm", module: str = "self_attn") -> Block:
@@ -79,5 +120,13 @@ def deepseek_mla(d: Mla, norm: str = "input_layernorm", module: str = "self_attn
             (f"{module}.q_a_proj.weight", "q_a"),
             (f"{module}.q_a_layernorm.weight", "q_a_norm"),
             (f"{module}.q_b_proj.weight", "q_b"),
+        )
+    if d.indexer is not None:
+        rows += renamed(
+            (f"{module}.indexer.wq_b.weight", "indexer.q_b"),
+            (f"{module}.indexer.wk.weight", "indexer.k"),
+            (f"{module}.indexer.k_norm.weight", "indexer.k_norm"),
+            (f"{module}.indexer.k_norm.bias", "indexer.k_norm_bias"),
+            (f"{module}.indexer.weights_proj.weight", "indexer.weights"),
         )
     return with_hf(mla(d), *rows)

@@ -15,30 +15,9 @@ from mtp_convert.containers.base import Stored, StoredTensor
 from mtp_convert.errors import ConvertError, Problem
 from mtp_convert.mapping.family import ConfigError, Dims, Family, with_depths
 from mtp_convert.mapping.layout import Binding, Layout
+from mtp_convert.location import LAYOUTS, PROVENANCE, Located, locate
 
-LATEST = "latest_checkpointed_iteration.txt"
-PROVENANCE = "mtp_convert.json"
-CARRIED = "hf"  # folder beside a Megatron checkpoint with the Hugging Face side files
 MOST_LISTED = 20
-
-
-# The layouts that a container can hold; the first one is what is assumed where names alone cannot tell.
-LAYOUTS: dict[str, tuple[str, ...]] = {"safetensors": ("hf", "native"), "torch_dist": ("megatron",)}
-
-
-@dataclass(frozen=True)
-class Located:
-    """A checkpoint that was recognised: where its weights, its side files and its provenance file are.
-
-    layout: the one that its names follow; before they are read, the one that is assumed.
-    """
-
-    given: Path
-    weights: Path
-    side: Path
-    root: Path
-    layout: str
-    container: str
 
 
 @dataclass(frozen=True)
@@ -76,55 +55,6 @@ class Checkpoint:
         return self.stored.tensors[name]
 
 
-def locate(path: Path) -> Located:
-    """Recognise a folder by what lies in it.
-
-    Raises:
-        ConvertError: MTP002.
-    """
-    if path.is_file() and path.suffix == ".safetensors":
-        return Located(path, path, path.parent, path.parent, "hf", "safetensors")
-    if not path.is_dir():
-        what = "not a folder" if path.exists() else "no such folder"
-        raise ConvertError(
-            "MTP002", Problem(what, str(path)), hint="SRC is a checkpoint folder or one .safetensors file"
-        )
-    weights = path
-    if (path / LATEST).is_file():
-        weights = _iteration(path)
-    if (weights / torch_dist.METADATA).is_file():
-        root = path if weights != path else path.parent
-        side = root / CARRIED if (root / CARRIED).is_dir() else path / CARRIED
-        return Located(path, weights, side, root, "megatron", "torch_dist")
-    if (path / safetensors.INDEX).is_file() or any(path.glob("*.safetensors")):
-        return Located(path, path, path, path, "hf", "safetensors")
-    if any(weights.glob("mp_rank_*")):
-        raise ConvertError(
-            "MTP002",
-            Problem("legacy mp_rank checkpoint", str(weights)),
-            hint="only torch_dist is read so far",
-        )
-    if (weights / "metadata.json").is_file():
-        raise ConvertError("MTP013", Problem("file is missing", str(weights / torch_dist.METADATA)))
-    raise ConvertError(
-        "MTP002",
-        Problem("no checkpoint", str(path), expected=f"*.safetensors, {LATEST} or {torch_dist.METADATA}"),
-    )
-
-
-def _iteration(root: Path) -> Path:
-    text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-    if text == "release":
-        folder = root / "release"
-    elif text.isdecimal():
-        folder = root / f"iter_{int(text):07d}"
-    else:
-        raise ConvertError("MTP013", Problem("no iteration", LATEST, repr(text[:40]), "a number or 'release'"))
-    if not folder.is_dir():
-        raise ConvertError("MTP013", Problem("no such folder", LATEST, folder.name))
-    return folder
-
-
 def open_checkpoint(
     path: Path, *, layout: str | None = None, hf_config: Path | None = None, allow_unmapped: bool = False
 ) -> Checkpoint:
@@ -149,6 +79,7 @@ def open_checkpoint(
     for field in section:
         model = model[field]
     names = frozenset(stored.tensors)
+    _refuse_foreign(family, model, names)
     try:
         declared = family.depths.declared(model)
         dims = family.dims(model, declared)
@@ -182,6 +113,19 @@ def open_checkpoint(
         noted,
         notes + stored.warnings,
     )
+
+
+def _refuse_foreign(family: Family, config: Mapping[str, Any], names: frozenset[str]) -> None:
+    """A model of another kind under the same `model_type` must not be read by halves.
+
+    Raises:
+        ConvertError: MTP021, naming what it is.
+    """
+    found = [
+        Problem(f"{sign} means {what}") for sign, what in family.foreign.items() if sign in names or config.get(sign)
+    ]
+    if found:
+        raise ConvertError("MTP021", found, hint=f"{family.name} is another model; nothing is read by halves")
 
 
 def _recognise(

@@ -1,0 +1,197 @@
+"""What a model's settings say about its layers: one description per layer of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mtp_convert.models.megatron.attention import SelfAttention, SelfAttentionSubmodules
+from mtp_convert.models.megatron.backends import BackendSpecProvider, TESpecProvider, get_backend
+from mtp_convert.models.megatron.config import TransformerConfig
+from mtp_convert.models.megatron.gdn import GatedDeltaNet, GatedDeltaNetSubmodules
+from mtp_convert.models.megatron.hybrid_pattern import ATTENTION, GDN, MAMBA, MLA, MLP, MOE
+from mtp_convert.models.megatron.mamba import MambaMixer, MambaMixerSubmodules
+from mtp_convert.models.megatron.mla import MLASelfAttention, MLASelfAttentionSubmodules
+from mtp_convert.models.megatron.mlp import MLP as FeedForward
+from mtp_convert.models.megatron.mlp import MLPSubmodules
+from mtp_convert.models.megatron.moe import MoELayer, MoESubmodules, SharedExpertMLP
+from mtp_convert.models.megatron.mtp_block import (
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
+from mtp_convert.models.megatron.placement import get_mtp_num_layers_to_build
+from mtp_convert.models.megatron.spec import ModuleSpec
+from mtp_convert.models.megatron.transformer_block import HybridStack, TransformerBlockSubmodules, decoder_layers
+from mtp_convert.models.megatron.transformer_layer import (
+    MambaLayer,
+    MambaLayerSubmodules,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+# Dense layers of the local backend are stored under the keys of fused ones.
+_LOCAL_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def get_gpt_layer_spec(config: TransformerConfig, *, experts: bool, linear_attention: bool = False) -> ModuleSpec:
+    """A layer of a GPT model: attention and feed-forward, of the kinds given."""
+    backend = get_backend(config)
+    fused = backend.fuse_layernorm_and_linear()
+    norm = backend.layer_norm()
+    attention = gated_delta_net_spec(config, backend) if linear_attention else attention_spec(config, backend)
+    latent = config.multi_latent_attention and not linear_attention
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=None if fused and not latent else norm,
+        self_attention=attention,
+        pre_mlp_layernorm=None if fused and not experts else norm,
+        mlp=moe_spec(config, backend) if experts else mlp_spec(config, backend),
+        sharded_state_dict_keys_map={} if fused or latent else _LOCAL_KEYS,
+    )
+    return ModuleSpec(TransformerLayer, submodules=submodules)
+
+
+def get_gpt_decoder_layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
+    """Every layer of the whole decoder."""
+    kinds = zip(config.moe_layers, config.linear_attention_layers, strict=True)
+    return [get_gpt_layer_spec(config, experts=moe, linear_attention=linear) for moe, linear in kinds]
+
+
+def get_gpt_decoder_block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, pp_rank: int = 0
+) -> TransformerBlockSubmodules:
+    """The decoder layers of one stage."""
+    layers = decoder_layers(config, vp_stage, pp_rank)
+    specs = get_gpt_decoder_layer_specs(config)[layers.start : layers.stop]
+    return TransformerBlockSubmodules(specs, get_backend(config).layer_norm())
+
+
+def get_gpt_mtp_block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The MTP layers of one stage, each around a layer like the last of the decoder; None where there are none."""
+    if not get_mtp_num_layers_to_build(config, vp_stage, pp_rank):
+        return None
+    layer = get_mtp_layer_spec_for_backend(get_gpt_decoder_layer_specs(config)[-1], get_backend(config))
+    return MultiTokenPredictionBlockSubmodules([layer] * config.mtp_stored_layers)
+
+
+def get_hybrid_stack_spec(
+    config: TransformerConfig, vp_stage: int | None = None, pp_rank: int = 0
+) -> tuple[TransformerBlockSubmodules, int]:
+    """The main layers of one stage, and the number of layers on the stages before it.
+
+    Stages are those of the pattern's `|`, or even parts if it has none. ValueError if there are more or fewer than the
+    job has.
+    """
+    assert config.hybrid is not None
+    stages = config.hybrid.stages
+    ranks = config.pipeline_model_parallel_size
+    if len(stages) == 1:
+        layers = decoder_layers(config, vp_stage, pp_rank)
+        symbols, offset = config.hybrid.main[layers.start : layers.stop], layers.start
+    else:
+        expected = ranks * (config.virtual_pipeline_model_parallel_size or 1)
+        if len(stages) != expected:
+            raise ValueError(f"the layer pattern has {len(stages)} stages, the job {expected}")
+        stage = (vp_stage or 0) * ranks + pp_rank
+        symbols, offset = stages[stage], sum(map(len, stages[:stage]))
+    return hybrid_layers(config, symbols), offset
+
+
+def get_hybrid_mtp_block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The MTP layers of one stage, each around a stack of its own; None where there are none."""
+    assert config.hybrid is not None
+    if not get_mtp_num_layers_to_build(config, vp_stage, pp_rank):
+        return None
+    inner = ModuleSpec(HybridStack, params={"spec": hybrid_layers(config, config.hybrid.mtp)})
+    layer = get_mtp_layer_spec_for_backend(inner, TESpecProvider())
+    return MultiTokenPredictionBlockSubmodules([layer] * config.mtp_stored_layers)
+
+
+def hybrid_layers(config: TransformerConfig, symbols: str) -> TransformerBlockSubmodules:
+    """One layer per symbol, each of one block; hybrid models know TransformerEngine's way alone."""
+    backend = TESpecProvider()
+    return TransformerBlockSubmodules([_HYBRID_LAYERS[s](config, backend) for s in symbols], backend.layer_norm())
+
+
+def attention_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """Latent attention or attention over query groups."""
+    column, fused = backend.column_parallel_linear(), backend.column_parallel_layer_norm_linear()
+    if not config.multi_latent_attention:
+        submodules = SelfAttentionSubmodules(
+            linear_qkv=fused or column,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            qk_layernorm=backend.layer_norm(),
+        )
+        return ModuleSpec(SelfAttention, submodules=submodules)
+    normed = fused if fused and config.qk_layernorm else column
+    return ModuleSpec(
+        MLASelfAttention,
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=normed if config.megatron_version >= (0, 19) else column,
+            linear_down_proj=backend.linear(),
+            linear_up_proj=normed,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            layernorm=None if fused else backend.layer_norm(),
+        ),
+    )
+
+
+def gated_delta_net_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """Linear attention; ValueError for a backend that cannot normalise inside a linear."""
+    in_proj = backend.column_parallel_layer_norm_linear()
+    if in_proj is None:
+        raise ValueError('linear attention exists with transformer_impl="transformer_engine" alone')
+    submodules = GatedDeltaNetSubmodules(in_proj, backend.layer_norm(), backend.row_parallel_linear())
+    return ModuleSpec(GatedDeltaNet, submodules=submodules)
+
+
+def mlp_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """A dense feed-forward block."""
+    fc1 = backend.column_parallel_layer_norm_linear() or backend.column_parallel_linear()
+    return ModuleSpec(FeedForward, submodules=MLPSubmodules(fc1, backend.row_parallel_linear()))
+
+
+def moe_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """A mixture of experts."""
+    linears = MLPSubmodules(backend.column_parallel_linear(), backend.row_parallel_linear())
+    submodules = MoESubmodules(
+        experts=backend.grouped_mlp_modules(config.moe_grouped_gemm),
+        shared_experts=ModuleSpec(SharedExpertMLP, submodules=linears),
+    )
+    return ModuleSpec(MoELayer, submodules=submodules)
+
+
+def _mamba_layer(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    linears = MambaMixerSubmodules(backend.column_parallel_layer_norm_linear(), backend.row_parallel_linear())
+    return ModuleSpec(MambaLayer, submodules=MambaLayerSubmodules(ModuleSpec(MambaMixer, submodules=linears)))
+
+
+def _attention_layer(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    norm = backend.layer_norm() if config.multi_latent_attention else None
+    return _layer(input_layernorm=norm, self_attention=attention_spec(config, backend))
+
+
+def _moe_layer(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    return _layer(pre_mlp_layernorm=backend.layer_norm(), mlp=moe_spec(config, backend))
+
+
+def _layer(**submodules: Any) -> ModuleSpec:  # noqa: ANN401
+    return ModuleSpec(TransformerLayer, submodules=TransformerLayerSubmodules(**submodules))
+
+
+_HYBRID_LAYERS: dict[str, Callable[[TransformerConfig, BackendSpecProvider], ModuleSpec]] = {
+    MAMBA: _mamba_layer,
+    ATTENTION: _attention_layer,
+    MLA: _attention_layer,
+    MOE: _moe_layer,
+    MLP: lambda config, backend: _layer(mlp=mlp_spec(config, backend)),
+    GDN: lambda config, backend: _layer(self_attention=gated_delta_net_spec(config, backend)),
+}

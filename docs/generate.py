@@ -55,6 +55,7 @@ def json_page() -> str:
 
     from mtp_convert.convert import Result
     from mtp_convert.difference import CheckpointDifference, ParamDifference
+    from mtp_convert.explanation import Explanation, Name
     from mtp_convert.fsck import FolderCheck
     from mtp_convert.inspection import Inspection, Planned
     from mtp_convert.roundtrip import RoundTrip
@@ -69,6 +70,8 @@ def json_page() -> str:
         "roundtrip": RoundTrip,
         "check": FolderCheck,
         "inspect: rows": Row,
+        "explain": Explanation,
+        "explain: names": Name,
     }
     lines = ["# JSON output\n", "`--format json` prints one object with `schema_version` 1 and these fields.\n"]
     for title, cls in shapes.items():

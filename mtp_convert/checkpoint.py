@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mtp_convert import adapters
-from mtp_convert.containers import safetensors, torch_dist
+from mtp_convert import adapters, encoded, quantization
+from mtp_convert.containers import megatron_legacy, safetensors, torch_dist
 from mtp_convert.containers.base import Stored, StoredTensor
+from mtp_convert.containers.megatron_legacy import RankFile
 from mtp_convert.errors import ConvertError, Problem
-from mtp_convert.mapping.family import ConfigError, Dims, Family, with_depths
-from mtp_convert.mapping.layout import Binding, Layout
 from mtp_convert.location import LAYOUTS, PROVENANCE, Located, locate
+from mtp_convert.mapping.family import ConfigError, Dims, Family, Names, count_stored, with_depths
+from mtp_convert.mapping.layout import Binding, Layout
+from mtp_convert.parts import PARTS, part_of
+from mtp_convert.sharding.assemble import Contents, sharded, whole
 
 MOST_LISTED = 20
+READERS: dict[str, Callable[[Path], Stored | dict[str, RankFile]]] = {
+    "safetensors": safetensors.read,
+    "torch_dist": torch_dist.read,
+    "legacy": megatron_legacy.read,
+}
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,7 @@ class Checkpoint:
     @property
     def model_config(self) -> Mapping[str, Any]:
         """The section of the config that describes the language model."""
-        config = self.config
-        for field in self.section:
-            config = config[field]
-        return config
+        return section_of(self.config, self.section)
 
     def tensor(self, name: str) -> StoredTensor:
         """A stored tensor."""
@@ -69,50 +74,86 @@ def open_checkpoint(
     located = locate(path)
     if layout is not None and layout not in LAYOUTS[located.container]:
         raise _other_layout(located, located.layout, layout)
+    raw = READERS[located.container](located.weights)
+    return explained(raw, located, layout=layout, hf_config=hf_config, allow_unmapped=allow_unmapped)
+
+
+def explained(
+    raw: Stored | dict[str, RankFile],
+    located: Located,
+    *,
+    layout: str | None = None,
+    hf_config: Path | None = None,
+    allow_unmapped: bool = False,
+) -> Checkpoint:
+    """What is stored, and the config and layout that explain all of it.
+
+    Raises:
+        ConvertError: as `open_checkpoint`.
+    """
     if hf_config is not None and hf_config.is_dir():
         located = replace(located, side=hf_config)  # its tokenizer and other files travel along
     config_path = hf_config if hf_config is not None and hf_config.is_file() else located.side / "config.json"
     config = read_config(config_path, located)
     family, section = adapters.find(config)
-    stored = (safetensors if located.container == "safetensors" else torch_dist).read(located.weights)
-    model: Mapping[str, Any] = config
-    for field in section:
-        model = model[field]
-    names = frozenset(stored.tensors)
-    _refuse_foreign(family, model, names)
+    model = section_of(config, section)
+    said = quantization.read(config, section, located.side)
+    if isinstance(raw, Stored) and raw.container == "safetensors":
+        raw = encoded.grouped(raw, said, model)
+    _refuse_foreign(family, model, frozenset(raw.tensors) if isinstance(raw, Stored) else frozenset())
+    noted = _provenance(located)
     try:
-        declared = family.depths.declared(model)
-        dims = family.dims(model, declared)
-        noted = _provenance(located)
-        found = _recognise(family, dims, names, located=located, noted=noted, wanted=layout)
-        located = replace(located, layout=found.name)
-        physical = family.stored_depths(found, dims, names)
-        steps, repeated, notes = _depths(declared, physical, stored, noted)
-        if physical != declared:
-            dims = with_depths(dims, physical)
-            found = family.fit(found.name, dims, names)
+        sizes = {**model, **adapters.decided(config, section)}
+        found = _match(raw, located, family, sizes, noted=noted, wanted=layout)
     except ConfigError as error:
         hint = "correct config.json, or give the right one with --hf-config"
         raise ConvertError("MTP020", Problem(str(error), "config.json"), hint=hint) from error
-    copies, unmapped = _agree(found, stored, allow_unmapped)
+    located, notes = replace(located, layout=found.layout.name), found.notes
+    stored = found.contents.stored(found.layout)
+    copies, unmapped = _agree(found.layout, stored, allow_unmapped)
     if unmapped:
         notes += (f"{len(unmapped)} stored tensors are not part of {family.name} and stay behind",)
-    return Checkpoint(
-        located,
-        stored,
-        config_path,
-        config,
-        section,
-        family,
-        dims,
-        found,
-        steps,
-        repeated,
-        copies,
-        unmapped,
-        noted,
-        notes + stored.warnings,
-    )
+    notes += encoded.unlisted(said, stored, found.layout)
+    read = (located, stored, config_path, config, section, family, found.dims, found.layout)
+    return Checkpoint(*read, found.steps, found.repeated, copies, unmapped, noted, notes + stored.warnings)
+
+
+class _Match(NamedTuple):
+    """The sizes and the layout that explain what is stored, and the MTP depths that run."""
+
+    contents: Contents
+    dims: Dims
+    layout: Layout
+    steps: int
+    repeated: bool
+    notes: tuple[str, ...]
+
+
+def _match(
+    raw: Stored | dict[str, RankFile],
+    located: Located,
+    family: Family,
+    config: Mapping[str, Any],
+    *,
+    noted: Mapping[str, Any],
+    wanted: str | None,
+) -> _Match:
+    """Find the layout, and count the depths by what is stored."""
+    declared = family.depths.declared(config)
+    dims = family.dims(config, declared)
+    contents = whole(raw) if isinstance(raw, Stored) else sharded(raw, located.weights, family, dims)
+    names = contents.names
+    found = _recognise(family, dims, names, located=located, noted=noted, wanted=wanted)
+    physical = family.stored_depths(found, dims, names)
+    counted = declared if family.depths.counts(config) else physical
+    steps, repeated, notes = _depths(counted, physical, contents.arguments, noted, family.depths.name)
+    if physical != declared:
+        dims = with_depths(dims, physical)
+        found = family.fit(found.name, dims, names, family.fixed(found.name, located.container))
+    if part := _noted_part(noted):
+        found = part_of(found, part)
+        notes += ("only the MTP heads are here; `mtp-convert graft` puts them onto a model",)
+    return _Match(contents, dims, found, steps, repeated, notes)
 
 
 def _refuse_foreign(family: Family, config: Mapping[str, Any], names: frozenset[str]) -> None:
@@ -131,7 +172,7 @@ def _refuse_foreign(family: Family, config: Mapping[str, Any], names: frozenset[
 def _recognise(
     family: Family,
     dims: Dims,
-    names: frozenset[str],
+    names: Names,
     *,
     located: Located,
     noted: Mapping[str, Any],
@@ -146,8 +187,8 @@ def _recognise(
     candidates = [n for n in LAYOUTS[located.container] if n in family.choices]
     found: dict[str, tuple[int, Layout]] = {}
     for name in sorted(candidates, key=lambda n: n != first):
-        layout = family.fit(name, dims, names)
-        found[name] = len(names & layout.bindings.keys()), layout
+        layout = family.fit(name, dims, names, family.fixed(name, located.container))
+        found[name] = count_stored(names, layout.bindings), layout
         if found[name][0] == len(layout.bindings):
             break
     best = max(found, key=lambda n: found[n][0])
@@ -156,9 +197,23 @@ def _recognise(
     return found[best][1]
 
 
+def _noted_part(noted: Mapping[str, Any]) -> str:
+    """Which part of a model an earlier run wrote here; empty for all of it."""
+    target = noted.get("target")
+    part = target.get("part") if isinstance(target, dict) else ""
+    return part if part in PARTS else ""
+
+
 def _other_layout(located: Located, found: str, wanted: str) -> ConvertError:
     hint = f"use `mtp-convert convert {located.given} DST --to ...`, which detects the source"
     return ConvertError("MTP003", Problem("source layout", str(located.given), found, wanted), hint=hint)
+
+
+def section_of(config: Mapping[str, Any], section: tuple[str, ...]) -> Mapping[str, Any]:
+    """The part of a config that lies below these fields."""
+    for field in section:
+        config = config[field]
+    return config
 
 
 def read_config(path: Path, located: Located) -> dict[str, Any]:
@@ -191,14 +246,14 @@ def _provenance(located: Located) -> dict[str, Any]:
 
 
 def _depths(
-    declared: int, physical: int, stored: Stored, provenance: Mapping[str, Any]
+    declared: int, physical: int, arguments: Mapping[str, object], provenance: Mapping[str, Any], name: str
 ) -> tuple[int, bool, tuple[str, ...]]:
     """Steps that run, whether one depth is repeated, and what to tell the user.
 
     A config that declares several depths over one stored depth describes a repeated layer (Megatron-Bridge exported
     such folders). Megatron's own arguments say it outright, and an earlier conversion noted it.
     """
-    steps = _repeated_steps(stored, provenance) if physical == 1 and declared <= 1 else 0
+    steps = _repeated_steps(arguments, provenance) if physical == 1 and declared <= 1 else 0
     if steps > 1 and declared == physical:
         return steps, True, ()
     if declared == physical:
@@ -209,19 +264,19 @@ def _depths(
     raise ConvertError(
         "MTP025",
         Problem(
-            "num_nextn_predict_layers",
+            name,
             "config.json",
             str(declared),
             f"{physical}, the stored MTP depths",
         ),
-        hint=f"set num_nextn_predict_layers to {physical} if the weights are complete"
+        hint=f"set {name} to {physical} if the weights are complete"
         + ("; else fetch the missing MTP tensors" if declared > physical else ""),
     )
 
 
-def _repeated_steps(stored: Stored, provenance: Mapping[str, Any]) -> int:
+def _repeated_steps(arguments: Mapping[str, object], provenance: Mapping[str, Any]) -> int:
     """How often the one stored depth runs, if that is known from elsewhere than the config; else 0."""
-    args, mtp = stored.arguments.get("args"), provenance.get("mtp")
+    args, mtp = arguments.get("args"), provenance.get("mtp")
     if isinstance(args, dict) and args.get("mtp_use_repeated_layer"):
         steps = args.get("mtp_num_layers")
     elif isinstance(mtp, dict) and mtp.get("repeated_layer") is True and not args:

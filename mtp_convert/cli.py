@@ -7,12 +7,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from mtp_convert import cli_convert, cli_run
+from mtp_convert import cli_convert, cli_run, cli_surgery
 from mtp_convert.cli_errors import guarded
 from mtp_convert.cli_options import (
     AllowUnmapped,
     Depths,
     Dst,
+    FamilyOption,
     Force,
     ForceFold,
     Format,
@@ -38,6 +39,7 @@ app = typer.Typer(
     epilog="Examples:  mtp-convert inspect DIR  |  mtp-convert hf-to-megatron DIR OUT  |  mtp-convert roundtrip DIR",
 )
 cli_convert.register(app)
+cli_surgery.register(app)
 
 
 @app.command("inspect", rich_help_panel="Look")
@@ -167,12 +169,32 @@ def families(fmt: Format = "human") -> None:
 
 
 @app.command("explain", rich_help_panel="Look")
-def explain(code: Annotated[str, typer.Argument(help="An error code, e.g. MTP025.")]) -> None:
-    """What an error code means."""
-    kind = ERRORS.get(code.upper())
-    if kind is None:
-        raise ConvertError("MTP001", Problem("no such code", got=code, expected=", ".join(ERRORS)))
-    print(f"{code.upper()}: {kind.title} (exit code {kind.exit_code})\n{kind.explanation}")
+def explain(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME|CODE", help="A tensor or param of any layout, or a code like MTP025.")
+    ],
+    src: Annotated[
+        Path | None, typer.Argument(metavar="[SRC]", help="Checkpoint whose sizes and spelling count.")
+    ] = None,
+    family: FamilyOption = "",
+    hf_config: HfConfig = None,
+    fmt: Format = "human",
+) -> None:
+    """Where one tensor is in every layout, or what an error code means."""
+    from mtp_convert import explanation, render
+    from mtp_convert.demo import shipped
+
+    if name.upper().startswith("MTP") and name[3:].isdecimal():
+        kind = ERRORS.get(name.upper())
+        if kind is None:
+            raise ConvertError("MTP001", Problem("no such code", got=name, expected=", ".join(ERRORS)))
+        print(f"{name.upper()}: {kind.title} (exit code {kind.exit_code})\n{kind.explanation}")
+        return
+    if src is not None:
+        found = explanation.explain_in(cli_run.open_source(src, hf_config, True), name)
+    else:
+        found = explanation.explain_name(name, family or None, shipped("configs"))
+    cli_run.show(fmt, found, render.show_explanation)
 
 
 @app.command("env", rich_help_panel="Look")

@@ -27,14 +27,20 @@ MEGATRON: Group = {
     "tensor": (o.Tp, 1),
     "pipeline": (o.Pp, 1),
     "expert": (o.Ep, 1),
-    "expert_tensor": (o.Etp, 1),
+    "expert_tensor": (o.Etp, None),
+    "virtual": (o.Vpp, 1),
+    "first": (o.First, None),
+    "last": (o.Last, None),
+    "pipeline_layout": (o.PipelineLayout, ""),
+    "container": (o.Container, "torch_dist"),
     "padding": (o.Padding, 1),
 }
 VARIANT: Group = {"variant": (o.Variant, "")}
+ENCODING: Group = {"encoding": (o.Encoding, "auto")}
 PLAN: Group = {"dry_run": (o.DryRun, False)}
 FORMAT: Group = {"fmt": (o.Format, "human")}
-OF_TARGET: Mapping[str, tuple[Group, ...]] = {"hf": (VARIANT,), "megatron": (MEGATRON,), "native": (VARIANT,)}
-TITLES = {"hf": "Hugging Face folder", "megatron": "Megatron torch_dist checkpoint", "native": "native module tree"}
+OF_TARGET: Mapping[str, tuple[Group, ...]] = {"hf": (VARIANT, ENCODING), "megatron": (MEGATRON,), "native": (VARIANT,)}
+TITLES = {"hf": "Hugging Face folder", "megatron": "Megatron checkpoint", "native": "native module tree"}
 
 
 class Given(NamedTuple):
@@ -56,11 +62,12 @@ def register(app: typer.Typer) -> None:
             run = _command(_run, groups, source=source, target=target)
             run.__doc__ = f"{TITLES[source]} -> {TITLES[target]}."
             app.command(f"{source}-to-{target}", rich_help_panel="Convert")(run)
-    every = (INPUT, VARIANT, MEGATRON, OUTPUT, PLAN, FORMAT)
+    every = (INPUT, VARIANT, ENCODING, MEGATRON, OUTPUT, PLAN, FORMAT)
     convert = _command(_run, every)
     convert.__doc__ = "The general form: the source is detected."
     app.command("convert", rich_help_panel="Convert")(convert)
-    plan = _command(_plan, (INPUT, VARIANT, {k: OUTPUT[k] for k in ("dtype", "max_shard_size")}, FORMAT), dst=False)
+    stored = {k: OUTPUT[k] for k in ("dtype", "max_shard_size")}
+    plan = _command(_plan, (INPUT, VARIANT, ENCODING, stored, FORMAT), dst=False)
     plan.__doc__ = "Every tensor's origin and op, bytes, peak memory and free disk; nothing is written."
     app.command("plan", rich_help_panel="Look")(plan)
 

@@ -19,7 +19,7 @@ Src = Annotated[
     Path,
     typer.Argument(
         metavar="SRC",
-        help="Checkpoint folder (Hugging Face or native safetensors; Megatron torch_dist: root or iter_*).",
+        help="Checkpoint folder (Hugging Face or native safetensors; Megatron torch_dist or legacy: root or iter_*).",
     ),
 ]
 Dst = Annotated[Path, typer.Argument(metavar="DST", help="Output folder; must not exist.")]
@@ -44,6 +44,15 @@ AllowUnmapped = Annotated[
 DtypeOption = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
     option("--dtype", help="Element type; auto: as stored.", panel="Output", env="DTYPE"),
+]
+Encoding = Annotated[
+    Literal["auto", "source", "bf16", "fp8-block", "mxfp4"],
+    option(
+        "--encoding",
+        help="How weights are stored. auto: as they are; source: as in the folder that they came from; bf16: no codes.",
+        panel="Output",
+        env="ENCODING",
+    ),
 ]
 Shard = Annotated[
     str,
@@ -78,7 +87,7 @@ Tp = Annotated[
     option(
         "--tp",
         "--tensor-model-parallel-size",
-        help="Checked, and written to args; torch_dist loads at any size.",
+        help="Ranks that every layer is cut over. torch_dist loads at any size: there it is checked and noted in args.",
         panel="Megatron",
         env="TP",
         least=1,
@@ -92,8 +101,64 @@ Ep = Annotated[
     int, option("--ep", "--expert-model-parallel-size", help="As --tp.", panel="Megatron", env="EP", least=1)
 ]
 Etp = Annotated[
+    int | None,
+    option(
+        "--etp",
+        "--expert-tensor-parallel-size",
+        help="The same for experts; by default --tp.",
+        panel="Megatron",
+        env="ETP",
+        least=1,
+    ),
+]
+Vpp = Annotated[
     int,
-    option("--etp", "--expert-tensor-parallel-size", help="As --tp.", panel="Megatron", env="ETP", least=1),
+    option(
+        "--vpp",
+        "--virtual-pipeline-model-parallel-size",
+        help="Pieces of the model per pipeline stage.",
+        panel="Megatron",
+        env="VPP",
+        least=1,
+    ),
+]
+First = Annotated[
+    int | None,
+    option(
+        "--decoder-first-pipeline-num-layers",
+        help="Decoder layers of the first pipeline stage, where not all have as many.",
+        panel="Megatron",
+        env="DECODER_FIRST_PIPELINE_NUM_LAYERS",
+        least=1,
+    ),
+]
+Last = Annotated[
+    int | None,
+    option(
+        "--decoder-last-pipeline-num-layers",
+        help="Decoder layers of the last pipeline stage.",
+        panel="Megatron",
+        env="DECODER_LAST_PIPELINE_NUM_LAYERS",
+        least=1,
+    ),
+]
+PipelineLayout = Annotated[
+    str,
+    option(
+        "--pipeline-model-parallel-layout",
+        help="Any other division of the layers, in Megatron-LM's letters.",
+        panel="Megatron",
+        env="PIPELINE_MODEL_PARALLEL_LAYOUT",
+    ),
+]
+Container = Annotated[
+    Literal["torch_dist", "legacy"],
+    option(
+        "--container",
+        help="One file format for all sizes, or one mp_rank_* folder per rank.",
+        panel="Megatron",
+        env="CONTAINER",
+    ),
 ]
 Padding = Annotated[
     int,
@@ -128,3 +193,15 @@ DryRun = Annotated[bool, option("--dry-run", help="Only show the plan.", panel="
 Scratch = Annotated[
     Path | None, option("--scratch", help="Folder for the temporary files.", panel="Check", env="SCRATCH")
 ]
+FamilyOption = Annotated[str, option("--family", help="Look in this family only.", panel="Input", env="FAMILY")]
+NewDepths = Annotated[int, option("--depths", help="MTP depths to make.", panel="Output", env="DEPTHS", least=1)]
+Ends = Annotated[
+    bool,
+    option(
+        "--with-ends/--without-ends",
+        help="Embedding and output head, which the heads share with their model.",
+        panel="Output",
+        env="WITH_ENDS",
+    ),
+]
+HeadsTo = Annotated[Literal["hf", "native"], option("--to", help="Layout of the heads.", panel="Output", env="TO")]

@@ -37,11 +37,10 @@ def open_source(src: Path, hf_config: Path | None, allow_unmapped: bool, layout:
 
 def run_conversion(src: Path, dst: Path, options: Options, source: Checkpoint, fmt: str) -> None:
     """Convert, with progress, and show the result."""
-    from mtp_convert import parallel, render
+    from mtp_convert import render
     from mtp_convert.convert import Result, prepare, run
     from mtp_convert.progress import progress
 
-    parallel.check(source.family.megatron_args(source.model_config, 0, False), options.parallel)
     job = prepare(source, options)
     with progress("converting", job.nbytes, quiet=fmt != "human") as tick:
         result = run(job, dst, progress=tick)
@@ -58,7 +57,8 @@ def make_options(to: str, **given: Any) -> Options:  # noqa: ANN401 - forwarded 
     from mtp_convert.options import Options, parse_size
 
     size = given.pop("max_shard_size", None)
-    sizes = {k: given.pop(k, 1) for k in ("tensor", "pipeline", "expert", "expert_tensor")}
+    names = ("tensor", "pipeline", "expert", "expert_tensor", "virtual", "first", "last")
+    sizes = {name: value for name in names if (value := given.pop(name, None)) is not None}
     if size:
         given |= {"max_shard_size": parse_size(size), "restore_shards": False}
     return Options(to, parallel=sizes, **given)

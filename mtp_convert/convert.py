@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from mtp_convert import provenance, sidecar
-from mtp_convert.checkpoint import PROVENANCE, Checkpoint
+from mtp_convert.before import travelling
+from mtp_convert.checkpoint import Checkpoint
 from mtp_convert.depths import folding
 from mtp_convert.encodings.dtype import BY_NAME, CAST_TARGETS, FLOATS, DType
 from mtp_convert.engine.compare import StoredExtent, compare
 from mtp_convert.engine.gather import Reader
 from mtp_convert.engine.runner import Progress, Written, write_files
-from mtp_convert.engine.sinks import Output, OutTensor, safetensors_output, torch_dist_output
+from mtp_convert.engine.sinks import Output, OutTensor, safetensors_output
 from mtp_convert.engine.stage import staged
 from mtp_convert.errors import ConvertError, Problem
+from mtp_convert.location import PROVENANCE
 from mtp_convert.mapping.family import with_depths
 from mtp_convert.mapping.layout import Layout
 from mtp_convert.mapping.plan import Plan, make_plan
+from mtp_convert.megatron_target import megatron_target, megatron_words
 from mtp_convert.options import Options
+from mtp_convert.parts import part_of
+from mtp_convert.recoding import Recoding, recoding
+from mtp_convert.shifts import dtype_after, known
+from mtp_convert.tied import check_tied
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,10 @@ class Job:
     source: Checkpoint
     options: Options
     plan: Plan
+    tensors: tuple[OutTensor, ...]
     output: Output
     small: Mapping[str, sidecar.Content]
+    recoding: Recoding
     physical: int
     steps: int
     repeated: bool
@@ -81,25 +90,30 @@ def prepare(source: Checkpoint, options: Options) -> Job:
     _supported(source, options, physical)
     dims = with_depths(source.dims, physical)
     alias, notes = folding(source, physical, options.force_fold)
-    target = family.layout(options.to, dims, _words(source, options))
-    padded = _padding(source, target, options)
-    plan = make_plan(
-        source.layout,
-        target,
-        alias=alias,
-        copies=provenance.copies(source, target),
-        padded=padded,
-    )
-    tensors = [OutTensor(s, d) for s, d in zip(plan.steps, _dtypes(source, plan, options), strict=True)]
+    goal = None
     if options.to == "megatron":
-        output = _megatron_output(source, options, tensors, target.objects)
-        rows = max(padded.values(), default=0)
-        small = sidecar.megatron_small(source, options, physical, steps=steps, repeated=repeated, rows=rows)
+        goal = megatron_target(source, options, steps=steps, repeated=repeated)
+    target = part_of(family.layout(options.to, dims, _words(source, options)), options.part)
+    check_tied(source, target, alias)
+    padded = goal.padded(target) if goal else {}
+    copies = goal.copies(target) if goal else provenance.copies(source, target)
+    plan = make_plan(source.layout, target, alias=alias, copies=copies, padded=padded)
+    shifted = provenance.shifted(source, target.name)
+    dtypes = zip(plan.steps, _dtypes(source, plan, options), strict=True)
+    tensors = [OutTensor(step, dtype, known(source, step, dtype, shifted)) for step, dtype in dtypes]
+    recoded = recoding(source, plan, options)
+    if goal:
+        args = goal.arguments(max(padded.values(), default=0))
+        output = goal.output(tensors, target, args)
+        small = sidecar.megatron_small(source, options, physical, args, recoded.said)
     else:
-        output = _safetensors_output(source, options, tensors)
-        small = sidecar.safetensors_small(source, options, physical)
-    notes = source.notes + notes + _unpadded(source, target)
-    return Job(source, options, plan, output, {**small, **output.small}, physical, steps, repeated, notes)
+        output = _safetensors_output(source, options, tensors, recoded)
+        small = sidecar.safetensors_small(source, options, physical, recoded.said)
+    kept, kept_small = travelling(source, options.to, options.max_shard_size)
+    output = replace(output, files=(*output.files, *kept))
+    notes = source.notes + notes + _unpadded(source, target) + recoded.notes
+    small = {**small, **kept_small, **output.small}
+    return Job(source, options, plan, tuple(tensors), output, small, recoded, physical, steps, repeated, notes)
 
 
 def _words(source: Checkpoint, options: Options) -> dict[str, str]:
@@ -111,34 +125,28 @@ def _words(source: Checkpoint, options: Options) -> dict[str, str]:
     if options.to not in source.family.choices:
         raise ConvertError("MTP028", Problem(f"{source.family.name} has no {options.to} layout"))
     if not options.variant:
-        return {**provenance.words(source, options.to), **options.words}
-    known = source.family.variants.get(options.to, {})
-    if options.variant not in known:
-        expected = ", ".join(known) or f"none, {source.family.name} has one {options.to} form"
+        if options.to == "megatron":
+            return megatron_words(source, options)
+        nested = source.family.nested if source.section and options.to == "hf" else {}
+        return {**nested, **provenance.words(source, options.to), **options.words}
+    variants = source.family.variants.get(options.to, {})
+    if options.variant not in variants:
+        expected = ", ".join(variants) or f"none, {source.family.name} has one {options.to} form"
         raise ConvertError("MTP001", Problem("--variant", got=options.variant, expected=expected))
-    return {**known[options.variant], **options.words}
+    return {**variants[options.variant], **options.words}
 
 
-def _megatron_output(
-    source: Checkpoint, options: Options, tensors: Sequence[OutTensor], objects: Sequence[str]
+def _safetensors_output(
+    source: Checkpoint, options: Options, tensors: Sequence[OutTensor], recoded: Recoding
 ) -> Output:
-    return torch_dist_output(
-        tensors,
-        source.stored.tensors,
-        folder=sidecar.RELEASE,
-        objects=objects,
-        max_file_size=options.max_shard_size,
-    )
-
-
-def _safetensors_output(source: Checkpoint, options: Options, tensors: Sequence[OutTensor]) -> Output:
     """The shards that the weights had in this layout, if they still fit; else new ones."""
     headers, index = sidecar.shard_headers(source, options.to) if options.restore_shards else ({}, None)
     if source.stored.container == "safetensors":  # new shards keep the order of the old ones
         order = {name: i for i, name in enumerate(source.stored.tensors)}
         tensors = sorted(tensors, key=lambda t: min(order[n] for n in t.step.sources))
     limit = options.max_shard_size
-    return safetensors_output(tensors, source.stored.tensors, max_shard_size=limit, headers=headers, index=index)
+    out = [raw for t in tensors for raw in recoded.out(t, source.stored.tensors)]
+    return safetensors_output(out, source.stored.tensors, max_shard_size=limit, headers=headers, index=index)
 
 
 def run(job: Job, target: Path, *, progress: Progress | None = None) -> Result:
@@ -180,20 +188,25 @@ def run(job: Job, target: Path, *, progress: Progress | None = None) -> Result:
 
 
 def check_copies(source: Checkpoint) -> None:
-    """Stored copies must equal the tensors they copy, byte for byte.
+    """Stored copies must equal the tensors they copy, and so must what several ranks repeat, byte for byte.
 
     Raises:
-        ConvertError: MTP026, with the size of every difference.
+        ConvertError: MTP026 for copies, MTP016 for ranks, with the size of every difference.
     """
     reader = Reader()
-    problems = []
+    problems, disagreeing = [], []
     try:
+        for own, again in source.stored.replicas:
+            if (d := compare(StoredExtent(own), StoredExtent(again), reader)) is not None:
+                disagreeing.append(Problem(f"{again.name} is not {own.name}: {d.text()}"))
         for name in sorted(source.copies):
             own = source.tensor(source.layout.home[source.layout.copies[name]][0].tensor)
             if (d := compare(StoredExtent(source.tensor(name)), StoredExtent(own), reader)) is not None:
                 problems.append(Problem(f"{name} is not the copy of {own.name} that the config says: {d.text()}"))
     finally:
         reader.close()
+    if disagreeing:
+        raise ConvertError("MTP016", disagreeing)
     if problems:
         raise ConvertError(
             "MTP026",
@@ -236,16 +249,6 @@ def _supported(source: Checkpoint, options: Options, physical: int) -> None:
         )
 
 
-def _padding(source: Checkpoint, target: Layout, options: Options) -> dict[str, int]:
-    """Rows of vocabulary tensors in a Megatron target: what is asked for, or what the weights had there before."""
-    if options.to != "megatron":
-        return {}
-    if options.padding == 1:
-        return provenance.padded(source, target)
-    multiple = options.padding * options.parallel.get("tensor", 1)
-    return {n: -(-b.shape[0] // multiple) * multiple for n, b in target.bindings.items() if b.vocab}
-
-
 def _unpadded(source: Checkpoint, target: Layout) -> tuple[str, ...]:
     notes = []
     for b in source.layout.bindings.values():
@@ -270,8 +273,8 @@ def _dtypes(source: Checkpoint, plan: Plan, options: Options) -> list[DType]:
         types = {source.tensor(n).dtype for n in step.sources}
         own = step.binding.dtype or ("" if step.binding.high_precision else options.dtype)
         to = CAST_TARGETS.get(own) or BY_NAME.get(step.binding.dtype or before.get(step.tensor, ""))
-        if to is not None and all(t.name in FLOATS for t in types):
-            found.append(to)
+        if all(t.name in FLOATS for t in types) and (to is not None or step.shift):
+            found.append(to or dtype_after(types))
             continue
         if len(types) > 1:
             problems.append(Problem(f"{step.tensor} would mix {', '.join(sorted(map(str, types)))}"))

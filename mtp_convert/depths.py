@@ -1,7 +1,8 @@
-"""Folding and unfolding of MTP depths: which source params make a target param when the number of depths changes.
+"""Folding, unfolding and leaving out MTP depths: which source params make a target param when their number changes.
 
 fold: D equal depths become one. Equal means byte for byte, checked before anything is written; unequal depths are
-refused unless the user says what the one depth should be. unfold: every target depth is the one stored depth.
+refused unless the user says what the one depth should be. unfold: every target depth is the one stored depth. Without
+depths nothing is related.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def folding(source: Checkpoint, depths: int, force: str | None) -> tuple[Alias, 
     stored = source.dims.depths
     if depths == stored:
         return same_param, ()
+    if depths == 0:
+        return same_param, (f"{stored} MTP depth{'s'[: stored != 1]} left out",)
     if depths == 1 and stored > 1:
         if force == "mean":
             return _all_depths(stored), (f"{stored} MTP depths averaged into one",)

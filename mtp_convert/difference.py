@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mtp_convert.checkpoint import Checkpoint
-from mtp_convert.encodings.dtype import DType
+from mtp_convert.encodings.dtype import BY_NAME, DType
 from mtp_convert.engine.compare import compare
 from mtp_convert.engine.files import TensorExtent
 from mtp_convert.engine.gather import Reader
@@ -16,6 +16,7 @@ from mtp_convert.mapping.layout import Binding, Layout, Part
 from mtp_convert.mapping.plan import Step, make_plan
 from mtp_convert.mapping.rules import Param
 from mtp_convert.mapping.views import whole
+from mtp_convert.shifts import dtype_after
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def diff(a: Checkpoint, b: Checkpoint, *, progress: Progress | None = None) -> C
     reader = Reader()
     try:
         for name in both:
-            x, y = left[name], right[name]
+            x, y = _alike(left[name], right[name])
             if x.dtype != y.dtype:
                 dtypes.append(f"{name}: {x.dtype} and {y.dtype}")
             if (d := compare(x, y, reader, progress=progress)) is not None:
@@ -86,6 +87,20 @@ def diff(a: Checkpoint, b: Checkpoint, *, progress: Progress | None = None) -> C
     )
 
 
+def _alike(x: TensorExtent, y: TensorExtent) -> tuple[TensorExtent, TensorExtent]:
+    """Codes have no element type of their own: they are compared in the other side's, or as exact products."""
+    coded_x, coded_y = _is_coded(x), _is_coded(y)
+    if coded_x and coded_y:
+        return replace(x, dtype=BY_NAME["F32"]), replace(y, dtype=BY_NAME["F32"])
+    if coded_x:
+        return replace(x, dtype=y.dtype), y
+    return (x, replace(y, dtype=x.dtype)) if coded_y else (x, y)
+
+
+def _is_coded(extent: TensorExtent) -> bool:
+    return extent.tensors[extent.step.sources[0]].encoding is not None
+
+
 def _params(c: Checkpoint) -> dict[str, TensorExtent]:
     """Every param of a checkpoint as bytes in its own shape."""
     steps = make_plan(c.layout, param_layout(c.layout)).steps
@@ -94,6 +109,8 @@ def _params(c: Checkpoint) -> dict[str, TensorExtent]:
 
 def _extent(c: Checkpoint, step: Step) -> TensorExtent:
     dtype: DType = c.tensor(step.sources[0]).dtype
+    if step.shift:
+        dtype = dtype_after([dtype])
     return TensorExtent(step, c.stored.tensors, dtype, (0,) * len(step.shape), step.shape)
 
 

@@ -50,7 +50,7 @@ ERRORS: dict[str, ErrorKind] = {
         "nothing to read",
         3,
         "The path does not exist or holds no checkpoint we know.",
-        "SRC is a Hugging Face folder, or the root or iter_* folder of a Megatron torch_dist checkpoint",
+        "SRC is a Hugging Face folder, or the root or iter_* folder of a Megatron checkpoint (torch_dist or mp_rank_*)",
     ),
     "MTP003": ErrorKind(
         "not this layout",
@@ -75,9 +75,9 @@ ERRORS: dict[str, ErrorKind] = {
         "Two shards hold a tensor of the same name; nobody can say which is meant.",
     ),
     "MTP013": ErrorKind(
-        "damaged torch_dist checkpoint",
+        "damaged Megatron checkpoint",
         3,
-        "`.metadata`, a `.distcp` file or their agreement is broken: truncated, overlapping or missing chunks.",
+        "`.metadata`, a `.distcp` or `mp_rank_*` file or their agreement is broken: truncated, overlapping or missing.",
         "the checkpoint is damaged or incomplete; copy it again",
     ),
     "MTP014": ErrorKind(
@@ -90,6 +90,13 @@ ERRORS: dict[str, ErrorKind] = {
         "path leaves the folder",
         3,
         "A file name inside the checkpoint points outside of its folder.",
+    ),
+    "MTP016": ErrorKind(
+        "ranks disagree",
+        3,
+        "The files of a legacy checkpoint (`mp_rank_XX`) do not belong together: a rank is missing or too many, its "
+        "sizes are not those of the training arguments, or ranks hold different values of what they must hold alike.",
+        "the folders come from different runs or are incomplete; copy them again",
     ),
     "MTP020": ErrorKind(
         "config not usable",
@@ -130,6 +137,13 @@ ERRORS: dict[str, ErrorKind] = {
         "Folding needs equal MTP depths. `--force-fold mean` averages them, `--force-fold first` keeps the first.",
     ),
     "MTP028": ErrorKind("not expressible", 4, "The target layout or version has no place for what the source holds."),
+    "MTP029": ErrorKind("no such tensor", 4, "No layout of the family has a tensor or param of this name."),
+    "MTP031": ErrorKind(
+        "encoding not usable",
+        4,
+        "Weights are stored as codes (FP8, MXFP4, NVFP4), and their scales or the config do not fit: a scale is "
+        "missing or has another shape than its blocks, a type is not known, or an ignore list names a quantised one.",
+    ),
     "MTP030": ErrorKind("parity check failed", 5, "The two sides were compared and are not equal."),
     "MTP040": ErrorKind("cannot write", 6, "The disk is full or the place is not writable. Nothing was left behind."),
     "MTP041": ErrorKind("source changed", 3, "A source file changed while it was read; the output was discarded."),

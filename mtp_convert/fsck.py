@@ -9,10 +9,10 @@ from typing import Any
 
 import xxhash
 
-from mtp_convert.checkpoint import PROVENANCE
 from mtp_convert.containers.paths import member_path
 from mtp_convert.engine.runner import WINDOW, Progress
 from mtp_convert.errors import ConvertError, Problem
+from mtp_convert.location import PROVENANCE
 
 
 @dataclass(frozen=True)

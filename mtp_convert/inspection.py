@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mtp_convert.checkpoint import Checkpoint
+from mtp_convert.containers.base import StoredTensor
 from mtp_convert.convert import Job
+from mtp_convert.encoded import count_encodings
 from mtp_convert.engine.runner import THREADS, WINDOW
 from mtp_convert.summary import Row, collapse
 
@@ -18,6 +20,7 @@ SCHEMA = 1
 BASE_MEMORY = 32 << 20  # bytes; the interpreter and the headers of a few thousand tensors
 TORCH_MEMORY = 230 << 20  # `import torch`, where element types change or depths are averaged
 SCRATCH_PER_THREAD = 12 << 20
+CODES_PER_THREAD = 12 << 20  # a strip of values, as it is stored and as float32, and its codes
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,14 @@ class Inspection:
     title: str
     layout: str
     container: str
+    parallel: dict[str, int]
     spelling: dict[str, str]
     tensors: int
     objects: int
     nbytes: int
     dtypes: dict[str, int]
+    encodings: dict[str, int]
+    activation_scales: int
     mtp_stored_depths: int
     mtp_steps: int
     mtp_repeated_layer: bool
@@ -54,7 +60,8 @@ class Inspection:
 def inspect_checkpoint(c: Checkpoint) -> Inspection:
     """Summarise an opened checkpoint."""
     mtp = [n for n, b in c.layout.bindings.items() if b.parts[0].param.startswith("mtp.")]
-    released = c.family.default_words(c.layout.name, c.dims)
+    fixed = c.family.fixed(c.layout.name, c.stored.container)
+    released = {**c.family.default_words(c.layout.name, c.dims), **fixed}
     main = [n for n in (*c.layout.bindings, *sorted(c.copies)) if n not in set(mtp)]
     return Inspection(
         path=str(c.located.given),
@@ -62,11 +69,14 @@ def inspect_checkpoint(c: Checkpoint) -> Inspection:
         title=c.family.title,
         layout=c.layout.name,
         container=c.stored.container,
+        parallel=dict(c.stored.parallel),
         spelling={w: s for w, s in c.layout.words.items() if s != released[w]},
-        tensors=len(c.stored.tensors),
+        tensors=len(c.stored.in_files),
         objects=len(c.stored.objects),
         nbytes=c.stored.nbytes,
-        dtypes=dict(Counter(t.dtype.name for t in c.stored.tensors.values()).most_common()),
+        dtypes=dict(Counter(t.dtype.name for t in c.stored.in_files.values()).most_common()),
+        encodings=count_encodings(t.encoding for t in c.stored.tensors.values()),
+        activation_scales=len(c.stored.beside),
         mtp_stored_depths=c.dims.depths,
         mtp_steps=c.steps,
         mtp_repeated_layer=c.repeated,
@@ -74,7 +84,7 @@ def inspect_checkpoint(c: Checkpoint) -> Inspection:
         tied_embeddings=c.dims.tied,
         copies=sorted(c.copies),
         left_behind=[*c.unmapped, *sorted(c.stored.training)],
-        files=[p.name for p in c.stored.files],
+        files=[p.relative_to(c.located.weights).as_posix() if c.stored.parallel else p.name for p in c.stored.files],
         notes=list(c.notes),
         rows=_rows(c, main),
         mtp_rows=_rows(c, mtp),
@@ -83,7 +93,11 @@ def inspect_checkpoint(c: Checkpoint) -> Inspection:
 
 def _rows(c: Checkpoint, names: list[str]) -> list[Row]:
     stored = (c.tensor(n) for n in names)
-    return collapse((t.name, t.nbytes, (t.dtype.name, t.shape)) for t in stored)
+    return collapse((t.name, t.nbytes, (_kind(t), t.shape)) for t in stored)
+
+
+def _kind(tensor: StoredTensor) -> str:
+    return tensor.dtype.name if tensor.encoding is None else tensor.encoding.scheme.kind
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,7 @@ class Planned:
     mtp_repeated_layer: bool
     peak_memory: int
     free_disk: int
+    encodings: dict[str, int]
     notes: list[str]
     steps: list[dict[str, Any]] = field(default_factory=list, repr=False)
     rows: list[Row] = field(default_factory=list, repr=False)
@@ -120,7 +135,10 @@ def describe(job: Job, target: Path | None) -> Planned:
     steps = [
         {"tensor": s.tensor, "shape": list(s.shape), "op": s.op, "sources": list(s.sources)} for s in job.plan.steps
     ]
+    codes = job.recoding.weights
     sizes = {s.tensor: prod(s.shape) * tensors[s.sources[0]].dtype.itemsize for s in job.plan.steps}
+    sizes |= {n: sum(t.nbytes for t in e.raw) for n, e in codes.items()}
+    per_thread = WINDOW + SCRATCH_PER_THREAD + (CODES_PER_THREAD if codes.keys() - job.recoding.copied else 0)
     values = job.options.dtype != "auto" or any(s.averaged > 1 for s in job.plan.steps)
     return Planned(
         source=str(job.source.located.given),
@@ -132,8 +150,9 @@ def describe(job: Job, target: Path | None) -> Planned:
         mtp_stored_depths=job.physical,
         mtp_steps=job.steps,
         mtp_repeated_layer=job.repeated,
-        peak_memory=BASE_MEMORY + (TORCH_MEMORY if values else 0) + threads * (WINDOW + SCRATCH_PER_THREAD),
+        peak_memory=BASE_MEMORY + (TORCH_MEMORY if values else 0) + threads * per_thread,
         free_disk=shutil.disk_usage(place).free,
+        encodings=count_encodings(codes.values()),
         notes=list(job.notes),
         steps=steps,
         rows=collapse((s.tensor, sizes[s.tensor], (s.op, _origin(s.sources))) for s in job.plan.steps),

@@ -26,11 +26,16 @@ class Options:
     to: target layout. depths: physical MTP depths of the target (None: as stored). steps: MTP depths that Megatron
     runs (`mtp_num_layers`); more steps than one stored depth means a repeated layer. force_fold: what to do with
     unequal depths. variant: a named spelling of the target layout; words: single words of it. padding: vocabulary rows
-    are padded to a multiple of this.
+    are padded to a multiple of this. encoding: how weights of a Hugging Face target are stored: auto (as they are,
+    nothing is quantised unasked), source (as they once were), bf16 (no codes), fp8-block or mxfp4. container: the file
+    format of a Megatron target, torch_dist or legacy. parallel: sizes by name (tensor, pipeline, expert,
+    expert_tensor, virtual), and the decoder layers of the `first` and `last` stage; pipeline_layout: Megatron's string
+    for any other division. part: the params that are written, all (empty) or a key of `parts.PARTS`.
     """
 
     to: str
     dtype: str = "auto"
+    encoding: str = "auto"
     megatron_version: str = CURRENT_MEGATRON
     max_shard_size: int = 5 * 10**9
     restore_shards: bool = True
@@ -39,6 +44,9 @@ class Options:
     force_fold: str | None = None
     padding: int = 1
     parallel: Mapping[str, int] = field(default_factory=dict)
+    pipeline_layout: str = ""
+    container: str = "torch_dist"
+    part: str = ""
     variant: str = ""
     words: Mapping[str, str] = field(default_factory=dict)
     threads: int | None = None

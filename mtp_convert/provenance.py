@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from mtp_convert import __version__
+from mtp_convert import __version__, shifts
 from mtp_convert.checkpoint import Checkpoint
+from mtp_convert.encoded import count_encodings
 from mtp_convert.encodings.dtype import FLOATS
 from mtp_convert.engine.runner import Written
 from mtp_convert.mapping.layout import Layout
-from mtp_convert.mapping.plan import Plan
 
 if TYPE_CHECKING:
     from mtp_convert.convert import Job
@@ -46,7 +46,15 @@ def copies(source: Checkpoint, target: Layout) -> frozenset[str]:
 def dtypes(source: Checkpoint, layout: str) -> dict[str, str]:
     """The element types, by tensor, of what another layout had to store in a type of its own."""
     noted = remembered(source, layout).get("dtypes")
-    return {n: d for n, d in noted.items() if d in FLOATS} if isinstance(noted, dict) else {}
+    found = {n: d for n, d in noted.items() if d in FLOATS} if isinstance(noted, dict) else {}
+    return {**found, **{n: note.partition(" ")[0] for n, note in shifted(source, layout).items()}}
+
+
+def shifted(source: Checkpoint, layout: str) -> Mapping[str, str]:
+    """What `shifts.noted` noted when the weights left the layout."""
+    noted = remembered(source, layout).get("shifted")
+    found = noted.items() if isinstance(noted, dict) else ()
+    return {n: note for n, note in found if isinstance(note, str) and note.partition(" ")[0] in FLOATS}
 
 
 def padded(source: Checkpoint, target: Layout) -> dict[str, int]:
@@ -79,15 +87,19 @@ def record(job: Job, files: tuple[Written, ...]) -> str:
             "name": source.located.given.name,
             "layout": source.layout.name,
             "container": source.stored.container,
-            "dtypes": sorted({t.dtype.name for t in source.stored.tensors.values()}),
-            "tensors": len(source.stored.tensors),
+            "dtypes": sorted({t.dtype.name for t in source.stored.in_files.values()}),
+            "encodings": count_encodings(t.encoding for t in source.stored.tensors.values()),
+            "tensors": len(source.stored.in_files),
             "left_behind": [*source.unmapped, *sorted(source.stored.training)],
         },
-        "layouts": _layouts(source, job.plan),
+        "layouts": _layouts(job),
         "target": {
             "layout": job.options.to,
+            "container": job.options.container if job.options.to == "megatron" else "safetensors",
+            "part": job.options.part,
             "words": dict(job.plan.target.words),
             "dtype": job.options.dtype,
+            "encodings": count_encodings(job.recoding.weights.values()),
             "megatron_version": job.options.megatron_version if job.options.to == "megatron" else None,
             "tensors": len(job.plan.steps),
         },
@@ -99,14 +111,16 @@ def record(job: Job, files: tuple[Written, ...]) -> str:
     return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
 
 
-def _layouts(source: Checkpoint, plan: Plan) -> dict[str, Any]:
+def _layouts(job: Job) -> dict[str, Any]:
     """The last form that the weights had in every layout, so that going back restores it."""
+    source, steps = job.source, job.plan.steps
     before = source.provenance.get("layouts")
-    forced = {n: step.binding.dtype for step in plan.steps if step.binding.dtype for n in step.sources}
+    forced = {n: step.binding.dtype for step in steps if step.binding.dtype for n in step.sources}
     now = {
         "words": dict(source.layout.words),
         "copies": sorted(source.copies),
         "padded": _padded_now(source),
         "dtypes": {n: own for n, to in forced.items() if (own := source.tensor(n).dtype.name) != to},
+        "shifted": shifts.noted(source, steps if job.options.dtype == "auto" else ()),
     }
     return {**(before if isinstance(before, dict) else {}), source.layout.name: now}

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mtp_convert.convert import Result
 from mtp_convert.difference import CheckpointDifference
+from mtp_convert.explanation import Explanation
 from mtp_convert.fsck import FolderCheck
 from mtp_convert.inspection import Inspection, Planned
 from mtp_convert.mapping.family import Family
@@ -60,8 +61,10 @@ def show_inspection(i: Inspection) -> None:
                 "layout",
                 f"{i.layout}{spelling} in {i.container}, {len(i.files)} file{'s'[: len(i.files) != 1]}",
             ),
+            *([("ranks", _parallel(i.parallel))] if i.parallel else []),
             ("size", f"{size_text(i.nbytes)} in {i.tensors} tensors"),
             ("types", ", ".join(f"{n} x {d}" for d, n in i.dtypes.items())),
+            *_encodings(i.encodings, i.activation_scales),
             ("MTP", depth_text(i.mtp_stored_depths, i.mtp_steps, i.mtp_repeated_layer)),
             ("embeddings", "tied" if i.tied_embeddings else "not tied"),
         ]
@@ -76,6 +79,20 @@ def show_inspection(i: Inspection) -> None:
         print(paint("MTP heads", "cyan"))
         _tree(i.mtp_rows, "cyan")
     _notes(i.notes)
+
+
+def _encodings(weights: Mapping[str, int], activations: int = 0) -> list[tuple[str, str]]:
+    """How many weights are stored in which way; nothing where all are values."""
+    parts = [f"{n} x {kind}" for kind, n in weights.items()]
+    parts += [f"{activations} scales of activations or caches"] if activations else []
+    return [("encodings", ", ".join(parts))] if parts else []
+
+
+def _parallel(sizes: Mapping[str, int]) -> str:
+    """Parallel sizes above 1."""
+    names = {"expert_tensor": "expert tensor", "virtual": "virtual pipeline"}
+    given = [f"{names.get(size, size)} parallel {n}" for size, n in sizes.items() if n > 1]
+    return ", ".join(given) or "one"
 
 
 def _tree(rows: list[Row], style: str | None) -> None:
@@ -103,6 +120,7 @@ def show_plan(p: Planned) -> None:
     facts(
         [
             ("writes", f"{size_text(p.nbytes)} in {p.files} files, {p.tensors} tensors"),
+            *_encodings(p.encodings),
             ("MTP", depth_text(p.mtp_stored_depths, p.mtp_steps, p.mtp_repeated_layer)),
             ("peak memory", f"about {size_text(p.peak_memory)}"),
             ("free disk", size_text(p.free_disk)),
@@ -171,6 +189,19 @@ def show_difference(d: CheckpointDifference) -> None:
         print(f"  ... and {len(d.differing) - MOST_ROWS} more")
     if d.dtypes:
         print(f"  {len(d.dtypes)} params have two types, e.g. {d.dtypes[0]}")
+
+
+def show_explanation(e: Explanation) -> None:
+    """The tensor, its params, and its names elsewhere."""
+    print(f"{paint(printable(e.tensor), 'bold')} {list(e.shape)}: {e.family}, {e.layout}")
+    facts([("copy of", e.copy_of)] if e.copy_of else [("params", fit(", ".join(e.params[:MOST_ROWS]), 100))])
+    width = max((len(n.layout) for n in e.names), default=0)
+    for layout in dict.fromkeys(n.layout for n in e.names):
+        rows = [n for n in e.names if n.layout == layout]
+        for n in rows[:MOST_ROWS]:
+            print(f"  {layout:<{width}} {n.tensor} {list(n.shape)}  " + paint(n.op, "dim"))
+        if len(rows) > MOST_ROWS:
+            print(f"  {'':<{width}} ... and {len(rows) - MOST_ROWS} more")
 
 
 def show_families(families: Iterable[Family]) -> None:

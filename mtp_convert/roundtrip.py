@@ -54,17 +54,17 @@ def roundtrip(
         run(prepare(source, options), there, progress=progress)
         config = None if (there / "hf").is_dir() or options.to != "megatron" else source.located.side
         middle = open_checkpoint(there, layout=options.to, hf_config=config)
-        run(
-            prepare(middle, replace(options, to=home, dtype="auto", steps=None, variant="")),
-            back,
-            progress=progress,
-        )
+        encoding = "source" if source.stored.raw else "auto"
+        home_options = replace(options, to=home, dtype="auto", encoding=encoding, steps=None, variant="")
+        if home == "megatron":
+            home_options = replace(home_options, container=source.stored.container)
+        run(prepare(middle, home_options), back, progress=progress)
         returned = open_checkpoint(back, layout=home)
         return _compare(source, returned, options.to, progress)
 
 
 def _compare(source: Checkpoint, back: Checkpoint, via: str, progress: Progress | None) -> RoundTrip:
-    before, after = source.stored.tensors, back.stored.tensors
+    before, after = source.stored.in_files, back.stored.in_files
     left_behind = set(source.unmapped)
     differing = []
     reader = Reader()

@@ -6,25 +6,43 @@ import json
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mtp_convert.bridge_config import run_config
-from mtp_convert.checkpoint import CARRIED, LATEST, PROVENANCE, Checkpoint
+from mtp_convert.checkpoint import Checkpoint
 from mtp_convert.containers import safetensors
 from mtp_convert.containers.paths import member_path
-from mtp_convert.containers.torch_dist_write import save_object
+from mtp_convert.containers.torch_save import save_object
 from mtp_convert.encodings.dtype import CAST_TARGETS
+from mtp_convert.location import CARRIED, LATEST, PROVENANCE
 from mtp_convert.options import Options
+from mtp_convert.quantization import HF_QUANT
 
 Content = Path | Callable[[], bytes]  # a file to copy, or bytes that are made when the payload is written
 Small = dict[str, Content]
 RELEASE = "release"  # the iteration folder of a converted checkpoint: no optimizer, iteration 0
 
 SOURCE_HEADERS = "weights_layout"  # below hf/: headers and index of the source, so that the same files can come back
+SOURCE_ENCODING = "weights_encoding"  # beside it: what the source's weights need to be codes again (see `before`)
 LARGEST = 256 << 20  # bytes; nothing beside the weights is larger
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".distcp", ".onnx")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a target says about how its weights are stored.
+
+    config: config.json with the right description; `path` holds `base` and is copied as it is where that says the same.
+    quant_file: its hf_quant_config.json, if it has one.
+    """
+
+    config: Mapping[str, Any]
+    base: Mapping[str, Any]
+    path: Path
+    quant_file: Path | None
 
 
 def side_files(folder: Path) -> dict[str, Path]:
@@ -32,7 +50,7 @@ def side_files(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        skip = relative.parts[0] in (".git", ".cache", SOURCE_HEADERS) or relative.name in (
+        skip = relative.parts[0] in (".git", ".cache", SOURCE_HEADERS, SOURCE_ENCODING) or relative.name in (
             PROVENANCE,
             safetensors.INDEX,
         )
@@ -42,16 +60,17 @@ def side_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def config_file(checkpoint: Checkpoint, depths: int, dtype: str) -> Content:
-    """config.json: the source's own file if it agrees with what is written, else a corrected one."""
-    family, section = checkpoint.family, dict(checkpoint.model_config)
+def config_file(checkpoint: Checkpoint, depths: int, dtype: str, said: Said) -> Content:
+    """config.json: a file that is there if it agrees with what is written, else a corrected one."""
+    family, config = checkpoint.family, dict(said.config)
+    section = config[checkpoint.section[0]] if checkpoint.section else config
     if family.depths.declared(section) != depths:
         section = family.depths.corrected(section, depths)
-    config = {**checkpoint.config, checkpoint.section[0]: section} if checkpoint.section else section
+    config = {**config, checkpoint.section[0]: section} if checkpoint.section else section
     if dtype in CAST_TARGETS:
         config = _with_dtype(config, CAST_TARGETS[dtype].torch_name)
-    if config == checkpoint.config:
-        return checkpoint.config_path
+    if config == said.base:
+        return said.path
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode
 
 
@@ -105,39 +124,32 @@ def megatron_files(args: Mapping[str, Any], folder: str, version: tuple[int, int
     }
 
 
-def megatron_small(
-    source: Checkpoint, options: Options, physical: int, *, steps: int, repeated: bool, rows: int
-) -> Small:
-    """Everything beside the tensors of a Megatron checkpoint; the Hugging Face files travel below `hf/`."""
-    args = megatron_args(source, options, steps, repeated=repeated, rows=rows)
-    files = megatron_files(args, RELEASE, options.version)
-    if source.family.bridge_provider:
+def megatron_small(source: Checkpoint, options: Options, physical: int, args: Mapping[str, Any], said: Said) -> Small:
+    """Everything beside the tensors of a Megatron checkpoint; the Hugging Face files travel below `hf/`.
+
+    The ranks' files of a legacy checkpoint hold their arguments themselves, and Megatron-Bridge does not read them.
+    """
+    dist = options.container == "torch_dist"
+    files = megatron_files(args, RELEASE, options.version) if dist else {LATEST: RELEASE.encode()}
+    if dist and source.family.bridge_provider:
         dtype = _most_common_dtype(source, options)
         files[f"{RELEASE}/run_config.yaml"] = run_config(source.family.bridge_provider, args, torch_dtype=dtype)
-    travelling: dict[str, Content] = {**_hf_files(source, options, physical), **_known(_carried_headers(source))}
+    travelling: dict[str, Content] = {**_hf_files(source, options, physical, said), **_known(_carried_headers(source))}
     return {**{f"{CARRIED}/{relative}": c for relative, c in travelling.items()}, **_known(files)}
 
 
-def safetensors_small(source: Checkpoint, options: Options, physical: int) -> Small:
+def safetensors_small(source: Checkpoint, options: Options, physical: int, said: Said) -> Small:
     """Everything beside the tensors of a safetensors folder with `physical` stored MTP depths."""
     carried = {} if options.to == CARRIED else _known(_carried_headers(source))
-    return {**_hf_files(source, options, physical), **carried}
+    return {**_hf_files(source, options, physical, said), **carried}
 
 
-def _hf_files(source: Checkpoint, options: Options, physical: int) -> Small:
-    return {**side_files(source.located.side), "config.json": config_file(source, physical, options.dtype)}
-
-
-def megatron_args(source: Checkpoint, options: Options, steps: int, *, repeated: bool, rows: int) -> dict[str, Any]:
-    """The family's training arguments with the parallel sizes and the vocabulary `rows` that are written."""
-    args = source.family.megatron_args(source.model_config, steps, repeated)
-    sizes = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
-    args |= {f"{size}_parallel_size": options.parallel.get(size.removesuffix("_model"), 1) for size in sizes}
-    args["ckpt_format"] = "torch_dist"
-    args["padded_vocab_size"] = rows or args["vocab_size"]
-    if options.padding > 1:
-        args["make_vocab_size_divisible_by"] = options.padding
-    return args
+def _hf_files(source: Checkpoint, options: Options, physical: int, said: Said) -> Small:
+    files: Small = {**side_files(source.located.side)}
+    files.pop(HF_QUANT, None)
+    if said.quant_file is not None:
+        files[HF_QUANT] = said.quant_file
+    return {**files, "config.json": config_file(source, physical, options.dtype, said)}
 
 
 def _known(files: Mapping[str, bytes]) -> dict[str, Content]:

@@ -20,7 +20,7 @@ def collapse(items: Iterable[tuple[str, int, tuple[Hashable, ...]]]) -> list[Row
     """Rows for (name, bytes, key), in the order of first appearance."""
     groups: dict[tuple[Hashable, ...], list[tuple[str, int]]] = {}
     for name, nbytes, key in items:
-        words = tuple("#" if w.isdecimal() else w for w in name.split("."))
+        words = tuple(map(_stem, name.split(".")))
         groups.setdefault((words, *key), []).append((name, nbytes))
     rows = []
     for group, members in groups.items():
@@ -34,10 +34,17 @@ def _pattern(names: Sequence[Sequence[str]]) -> str:
     return ".".join(_column(list(dict.fromkeys(c))) for c in columns)
 
 
+def _stem(word: str) -> str:
+    """A number without its digits; grouped experts number their weights: `weight12`."""
+    stem = word.rstrip("0123456789")
+    return f"{stem}#" if stem != word and stem in ("", "weight") else word
+
+
 def _column(values: list[str]) -> str:
     if len(values) == 1:
         return values[0]
-    return "{" + ranges(sorted(int(v) for v in values)) + "}"
+    stem = _stem(values[0]).removesuffix("#")
+    return f"{stem}{{{ranges(sorted(int(v.removeprefix(stem)) for v in values))}}}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "mtp_convert"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TINY = ROOT / "fixtures" / "tiny-nemotron-h"
 GOLDEN = ROOT / "fixtures" / "golden" / "megatron" / "hyb_m" / "ckpt" / "iter_0000001"
+LEGACY = ROOT / "fixtures" / "golden" / "megatron" / "hyb_m" / "legacy_tp2" / "iter_0000001"
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}
 
 
@@ -56,7 +57,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mapping": {"mapping", "encodings.dtype"},
     "adapters": {"adapters", "mapping", "errors"},
     "containers": {"containers", "encodings", "errors"},
-    "engine": {"engine", "mapping", "containers", "encodings", "errors"},
+    "sharding": {"sharding", "mapping", "containers", "errors"},
+    "engine": {"engine", "sharding", "mapping", "containers", "encodings", "errors"},
 }
 MAY_NOT_IMPORT: dict[str, set[str]] = {
     "models": {"mapping", "adapters", "convert", "cli", "engine", "verify", "containers"},
@@ -83,6 +85,9 @@ def test_import_direction(path: Path) -> None:
     [
         ("containers", "from mtp_convert.adapters import find"),
         ("containers", "import mtp_convert.engine.runner"),
+        ("containers", "from mtp_convert.sharding.sizes import Sizes"),
+        ("sharding", "import mtp_convert.engine.runner"),
+        ("sharding", "from mtp_convert.adapters import find"),
         ("engine", "from mtp_convert import adapters"),
         ("engine", "def f():\n    from mtp_convert.cli import app"),
         ("mapping", "from mtp_convert.errors import ConvertError"),
@@ -129,7 +134,9 @@ def test_a_heavy_start_would_be_noticed() -> None:
     assert loaded("import mtp_convert.cli, numpy") == {"numpy"}
 
 
-@pytest.mark.parametrize(("container", "folder"), [("safetensors", TINY), ("torch_dist", GOLDEN)])
+@pytest.mark.parametrize(
+    ("container", "folder"), [("safetensors", TINY), ("torch_dist", GOLDEN), ("megatron_legacy", LEGACY)]
+)
 def test_reading_headers_needs_no_torch(container: str, folder: Path) -> None:
     script = f"from mtp_convert.containers import {container} as c\nfrom pathlib import Path\n"
     assert loaded(f"{script}c.read(Path({str(folder)!r}))") == set()
@@ -141,8 +148,8 @@ def test_the_tables_need_no_torch() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("inspect", TINY), ("inspect", GOLDEN, "--hf-config", GOLDEN.parents[1] / "config.json")],
-    ids=["safetensors", "torch_dist"],
+    [("inspect", TINY), *(("inspect", p, "--hf-config", p.parents[1] / "config.json") for p in (GOLDEN, LEGACY))],
+    ids=["safetensors", "torch_dist", "legacy"],
 )
 def test_inspecting_loads_no_torch(words: tuple[object, ...]) -> None:
     assert not loaded(command(*words)) & {"torch", "transformers"}

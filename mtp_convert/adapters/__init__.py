@@ -10,7 +10,22 @@ from typing import Any
 from mtp_convert.errors import ConvertError, Problem
 from mtp_convert.mapping.family import Family
 
-MODULES: tuple[str, ...] = ("nemotron_h", "deepseek_v3")
+MODULES: tuple[str, ...] = (
+    "nemotron_h",
+    "deepseek_v3",
+    "deepseek_v4",
+    "qwen3",
+    "qwen3_next",
+    "qwen3_5",
+    "mellum",
+    "exaone_moe",
+    "exaone4_5",
+    "mimo",
+    "mimo_v2_flash",
+    "step3p5",
+    "ernie4_5_moe",
+    "inkling",
+)
 # Multi-modal wrappers keep the language model's config in one of these fields.
 NESTED = ("text_config", "llm_config", "language_config")
 
@@ -44,3 +59,8 @@ def find(config: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]:
         ),
         hint="`mtp-convert families` lists what is supported",
     )
+
+
+def decided(config: Mapping[str, Any], section: tuple[str, ...]) -> dict[str, Any]:
+    """What the outermost config decides for the language model in its section, whatever the section says itself."""
+    return {key: config[key] for key in ("tie_word_embeddings",) if section and key in config}

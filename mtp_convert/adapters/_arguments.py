@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mtp_convert.adapters._config import partial_rotary, rope_scaling, rope_theta
-from mtp_convert.adapters.blocks import Attention, Mamba, Mla, Moe
+from mtp_convert.adapters.blocks import Attention, DeltaNet, Mamba, Mla, Moe
 from mtp_convert.mapping.family import Config
 
 
@@ -88,6 +89,28 @@ def mla_args(config: Config, d: Mla) -> dict[str, Any]:
 def gpt_mtp_args(steps: int, *, repeated: bool) -> dict[str, Any]:
     """MTP depths of a GPT model, if there are any."""
     return {"mtp_num_layers": steps, "mtp_use_repeated_layer": repeated} if steps else {}
+
+
+def delta_args(d: DeltaNet | None, linear: Sequence[bool]) -> dict[str, Any]:
+    """Gated delta nets in the layers that are `linear`, if there are any."""
+    if d is None:
+        return {}
+    return {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [int(x) for x in linear],
+        "linear_num_key_heads": d.K,
+        "linear_num_value_heads": d.V,
+        "linear_key_head_dim": d.D,
+        "linear_value_head_dim": d.E,
+        "linear_conv_kernel_dim": d.W,
+    }
+
+
+def window_args(config: Config, sliding: Sequence[bool]) -> dict[str, Any]:
+    """Attention to the last tokens only, in the layers that are `sliding`."""
+    if not any(sliding):
+        return {}
+    return {"window_size": [config["sliding_window"] - 1, 0], "window_attn_skip_freq": [int(x) for x in sliding]}
 
 
 def mamba_args(config: Config, d: Mamba | None) -> dict[str, Any]:

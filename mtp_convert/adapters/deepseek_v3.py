@@ -155,6 +155,7 @@ FAMILY = Family(
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     megatron_words=megatron_words,
+    forms=b.MEGATRON_FORMS,
     bridge_provider="megatron.bridge.models.mla_provider.MLAModelProvider",
     megatron_since=(0, 12),
     notes=(

@@ -172,7 +172,7 @@ def _named(row: Row, block: Block) -> bool:
 
 
 def _name(row: Row) -> str:
-    named = row.key if isinstance(row, Extra) else row.tensor
+    named = row.tensor if isinstance(row, Rule | Copy) else row.key if isinstance(row, Extra) else row.param
     return named.replace("{moe_norm}", b.MEGATRON_WORDS["moe_norm"][0])
 
 

@@ -16,7 +16,7 @@ from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, depth_field, number
 from mtp_convert.mapping.family import Config, ConfigError, Family
 from mtp_convert.mapping.ops import Permute
-from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, only, rule
+from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, Rule, only, rule
 
 # One letter per block kind, as in `hybrid_override_pattern`; lists spell them out (transformers 4 and 5 differ).
 LETTERS = {
@@ -27,7 +27,6 @@ LETTERS = {
     "mlp": "-",
     "moe": "E",
 }
-NATIVE_ENDS = {"trunk": "model", "embeddings": "embed_tokens", "norm": "norm"}
 MTP_PATTERN = ("mtp_hybrid_override_pattern", "mtp_layers_block_type")
 
 
@@ -192,22 +191,24 @@ KINDS = {"M": mamba, "*": attention, "-": mlp, "E": moe}
 def ends(d: NemotronDims) -> Block:
     """Embedding, final norm and output head."""
     embed = "{trunk}.{embeddings}.weight"
-    params = [Param("embedding", (d.V, d.H), vocab=True), Param("final_norm", (d.H,))]
+    params = [Param("embedding", (d.V, d.H), vocab=True, cut=0), Param("final_norm", (d.H,))]
     hf: list[Row] = [rule(embed, "embedding"), rule("{trunk}.{norm}.weight", "final_norm")]
     megatron: list[Row] = [
         rule("embedding.word_embeddings.weight", "embedding"),
         rule("decoder.{final_norm}.weight", "final_norm"),
         Extra("decoder.{final_norm}._extra_state"),
-        Extra("output_layer._extra_state"),
+        Extra("output_layer._extra_state", none=True),
     ]
     if d.tied:
         hf.append(Copy("lm_head.weight", "embedding"))
         megatron.append(Copy("output_layer.weight", "embedding"))
     else:
-        params.append(Param("head", (d.V, d.H), vocab=True))
+        params.append(Param("head", (d.V, d.H), vocab=True, cut=0))
         hf.append(rule("lm_head.weight", "head"))
         megatron.append(rule("output_layer.weight", "head"))
-    native = tuple(replace(row, tensor=row.tensor.format_map(NATIVE_ENDS)) for row in hf if not isinstance(row, Extra))
+    native = tuple(
+        replace(row, tensor=row.tensor.replace("{trunk}", "model")) for row in hf if isinstance(row, Rule | Copy)
+    )
     return Block(tuple(params), {"hf": tuple(hf), "megatron": tuple(megatron), "native": native})
 
 
@@ -279,7 +280,13 @@ FAMILY = Family(
             "mamba_norm",
             final_norm="final_norm",
         ),
-        "native": {"experts": ("stacked", "transposed"), "ssm": ("", "_fp32_params.")},
+        # transformers calls the ends of its tree otherwise than NeMo AutoModel and this package do
+        "native": {
+            "embeddings": ("embed_tokens", "embeddings"),
+            "norm": ("norm", "norm_f"),
+            "experts": ("stacked", "transposed"),
+            "ssm": ("", "_fp32_params."),
+        },
     },
     variants={
         "native": {
@@ -287,8 +294,9 @@ FAMILY = Family(
             "automodel-0.5": {"experts": "transposed", "ssm": ""},
         },
     },
-    depths=depth_field("num_nextn_predict_layers"),
+    depths=depth_field("num_nextn_predict_layers", *MTP_PATTERN),
     megatron_args=megatron_args,
+    forms=b.MEGATRON_FORMS,
     bridge_provider="megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider",
     megatron_since=(0, 17),
     notes=(

@@ -8,9 +8,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mtp_convert.encodings.dtype import DType
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from mtp_convert.encodings.scheme import Scheme  # needs numpy, which reading headers does not
 
 Shape = tuple[int, ...]
 LONGEST_NAME = 1024  # characters
@@ -22,27 +28,62 @@ def usable_name(name: object) -> bool:
     return isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
 
 
+class Live(Protocol):
+    """Bytes that are in no file: a tensor of a running model."""
+
+    @property
+    def name(self) -> str:
+        """What an error message calls the place."""
+
+    def read_into(self, at: int, out: npt.NDArray[np.uint8]) -> None:
+        """Fill `out` from byte `at`."""
+
+
+Place = Path | Live
+
+
 class StoredChunk(NamedTuple):
-    """A box of a tensor, row-major and contiguous, at byte `start` of a file."""
+    """A box of a tensor, row-major and contiguous, at byte `start` of a file (or of a live tensor)."""
 
     offset: Shape
     sizes: Shape
-    path: Path
+    path: Place
     start: int
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """The raw tensors that make one tensor of values: its codes, the scales of its blocks, the scale of all of it."""
+
+    scheme: Scheme
+    codes: StoredTensor
+    scales: StoredTensor | None = None
+    whole: StoredTensor | None = None
+
+    @property
+    def raw(self) -> tuple[StoredTensor, ...]:
+        """Every raw tensor."""
+        return tuple(t for t in (self.codes, self.scales, self.whole) if t is not None)
+
+
+@dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk: global shape, and the chunks that tile it."""
+    """A tensor on disk: global shape, and the chunks that tile it.
+
+    encoding: how the values are made where the bytes are codes; shape and dtype are then those of the values.
+    """
 
     name: str
     dtype: DType
     shape: Shape
     chunks: tuple[StoredChunk, ...]
+    encoding: Encoded | None = None
 
     @property
     def nbytes(self) -> int:
         """Payload bytes of the whole tensor."""
+        if self.encoding is not None:
+            return sum(t.nbytes for t in self.encoding.raw)
         return prod(self.shape) * self.dtype.itemsize
 
     @cached_property
@@ -65,7 +106,10 @@ class Stored:
 
     tensors: by name; objects: names of non-tensor entries; training: names of optimizer and random states that are
     no weights; arguments: the training arguments of a Megatron checkpoint; files: the files that hold payload;
-    headers: the raw header of every safetensors file, so that the same files can be written again.
+    headers: the raw header of every safetensors file, so that the same files can be written again. replicas: pieces of
+    tensors with a second copy of each that another rank stores; parallel: the parallel sizes of a sharded checkpoint.
+    raw: where values are encoded, every tensor of the files; beside: those of them that are no part of a value (scales
+    of activations and caches), with the tensor they belong to.
     """
 
     container: str
@@ -77,8 +121,17 @@ class Stored:
     files: tuple[Path, ...] = ()
     headers: Mapping[str, bytes] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    replicas: tuple[tuple[StoredTensor, StoredTensor], ...] = field(default=(), repr=False)
+    parallel: Mapping[str, int] = field(default_factory=dict)
+    raw: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Payload bytes of all tensors."""
-        return sum(t.nbytes for t in self.tensors.values())
+        return sum(t.nbytes for t in self.in_files.values())
+
+    @property
+    def in_files(self) -> Mapping[str, StoredTensor]:
+        """The tensors under the names in the files: codes and scales each for themselves."""
+        return self.raw or self.tensors

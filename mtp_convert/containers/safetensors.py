@@ -10,6 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,17 @@ def read_file(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
     return raw, _tensors(path, header, 8 + length, size)
 
 
-def _tensors(path: Path, header: object, base: int, size: int) -> dict[str, StoredTensor]:
+def described(name: str, raw: bytes) -> dict[str, StoredTensor]:
+    """What the raw header of a file says, without the file: names, types and shapes of tensors that hold no bytes."""
+    path = Path(name)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"the header is not JSON: {error}") from error
+    return {n: replace(t, chunks=()) for n, t in _tensors(path, header, 0, None).items()}
+
+
+def _tensors(path: Path, header: object, base: int, size: int | None) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not a JSON object")
     tensors: dict[str, StoredTensor] = {}
@@ -168,7 +179,7 @@ def _tensors(path: Path, header: object, base: int, size: int) -> dict[str, Stor
                 f"bytes of {name!r} overlap another tensor or leave a hole at {min(begin, at)}",
             )
         at = end
-    if base + at != size:
+    if size is not None and base + at != size:
         raise _damaged(path, f"file has {size} bytes, its header describes {base + at}")
     return tensors
 

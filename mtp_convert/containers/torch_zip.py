@@ -142,6 +142,11 @@ def _payload(fd: int, start: int, local: int) -> int:
 
 def read_structure(fd: int, found: dict[str, Member], where: str) -> Any:  # noqa: ANN401 - checked by callers
     """The pickled structure of an item, tensors as stand-ins."""
+    return _structure(structure_bytes(fd, found), where)
+
+
+def structure_bytes(fd: int, found: dict[str, Member]) -> bytes:
+    """The pickle of an item."""
     member = found.get("data.pkl")
     if member is None:
         raise Damaged("no data.pkl")
@@ -150,7 +155,7 @@ def read_structure(fd: int, found: dict[str, Member], where: str) -> Any:  # noq
     order = found.get("byteorder")
     if order is not None and os.pread(fd, order.size, order.start) != b"little":
         raise Damaged("big-endian tensors are not supported")
-    return _structure(os.pread(fd, member.size, member.start), where)
+    return os.pread(fd, member.size, member.start)
 
 
 @lru_cache(maxsize=4096)  # tensors of one shape share their pickle byte for byte

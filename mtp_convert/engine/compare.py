@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +15,9 @@ from mtp_convert.containers.torch_zip import contiguous
 from mtp_convert.encodings.cast import cast
 from mtp_convert.encodings.dtype import FLOATS, DType
 from mtp_convert.engine.files import Extent
-from mtp_convert.engine.gather import Bytes, Reader, copy_bytes
-from mtp_convert.engine.pieces import Piece
+from mtp_convert.engine.gather import Bytes, Reader, cast_values, copy_bytes
+from mtp_convert.engine.pieces import CodedPiece, Piece
+from mtp_convert.mapping.views import Side
 
 Floats = npt.NDArray[np.float64]
 ELEMENTS = 1 << 20  # per window
@@ -31,8 +33,8 @@ class StoredExtent:
     @property
     def nbytes(self) -> int:
         """Length in bytes."""
-        all_rows = self.tensor.shape[0] if self.tensor.shape else 1
-        return self.tensor.nbytes if self.rows is None else self.tensor.nbytes // all_rows * self.rows
+        rows = self.tensor.shape[:1] if self.rows is None else (self.rows,)
+        return prod((*rows, *self.tensor.shape[1:])) * self.dtype.itemsize
 
     @property
     def dtype(self) -> DType:
@@ -40,9 +42,14 @@ class StoredExtent:
         return self.tensor.dtype
 
     def fill(self, reader: Reader, out: Bytes, lo: int, hi: int) -> None:
-        """Copy bytes [lo, hi) of the tensor into `out`."""
+        """Copy bytes [lo, hi) of the tensor into `out`; encoded values are decoded."""
         strides = contiguous(self.tensor.shape)
         n = self.dtype.itemsize
+        if self.tensor.encoding is not None:
+            whole = Side((0,) * len(strides), tuple(range(len(strides))), (1,) * len(strides))
+            piece = CodedPiece(self.tensor.shape, self.tensor, whole, 0, strides)
+            cast_values(reader, piece, out, lo=lo // n, hi=hi // n, to=self.dtype)
+            return
         for c in self.tensor.chunks:
             start = sum(o * s for o, s in zip(c.offset, strides, strict=True))
             inner = tuple(s * n for s in contiguous(c.sizes))

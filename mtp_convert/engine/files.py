@@ -19,7 +19,7 @@ from mtp_convert.containers.base import StoredTensor
 from mtp_convert.encodings.cast import cast
 from mtp_convert.encodings.dtype import BY_NAME, DType
 from mtp_convert.engine.gather import Bytes, Reader, add_values, cast_values, copy_bytes
-from mtp_convert.engine.pieces import pieces_of
+from mtp_convert.engine.pieces import Piece, pieces_of
 from mtp_convert.mapping.plan import Step, covered
 from mtp_convert.mapping.views import Shape
 
@@ -53,13 +53,17 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class TensorExtent:
-    """The chunk of a target tensor at `offset` of `sizes`, as `dtype`, gathered from the source when needed."""
+    """The chunk of a target tensor at `offset` of `sizes`, as `dtype`, gathered from the source when needed.
+
+    known: the bytes of the whole tensor, where nothing needs to be gathered.
+    """
 
     step: Step
     tensors: Mapping[str, StoredTensor]
     dtype: DType
     offset: Shape
     sizes: Shape
+    known: bytes | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,25 +71,30 @@ class TensorExtent:
         return prod(self.sizes) * self.dtype.itemsize
 
     def fill(self, reader: Reader, out: Bytes, lo: int, hi: int) -> None:
-        """Copy bytes; values are only touched where the element type changes or depths are averaged."""
+        """Copy bytes; values are only touched where they are averaged or shifted or change their element type."""
+        if self.known is not None:
+            whole = np.frombuffer(self.known, dtype=f"V{self.dtype.itemsize}").reshape(self.step.shape)
+            box = whole[tuple(slice(o, o + n) for o, n in zip(self.offset, self.sizes, strict=True))]
+            out[:] = np.frombuffer(box.tobytes(), dtype=np.uint8)[lo:hi]
+            return
         if not covered(self.step):
             out[:] = 0  # vocabulary padding
         n = self.dtype.itemsize
         first, last = lo // n, -(-hi // n)  # elements that the bytes belong to
-        averaged = self.step.averaged
+        averaged, shift = self.step.averaged, self.step.shift
         values: Bytes | None = None
-        sums = np.zeros(last - first, dtype=np.float64) if averaged > 1 else None
+        sums = np.zeros(last - first, dtype=np.float64) if averaged > 1 or shift else None
         for piece in pieces_of(self.step, self.tensors, offset=self.offset, sizes=self.sizes):
             if sums is not None:
                 add_values(reader, piece, sums, lo=first, hi=last)
-            elif piece.dtype == self.dtype:
+            elif isinstance(piece, Piece) and piece.dtype == self.dtype:
                 copy_bytes(reader, piece, out, lo=lo, hi=hi)
             else:
                 if values is None:
                     values = np.zeros((last - first) * n, dtype=np.uint8)
                 cast_values(reader, piece, values, lo=first, hi=last, to=self.dtype)
         if sums is not None:
-            values = cast((sums / averaged).view(np.uint8), BY_NAME["F64"], self.dtype.torch_name)
+            values = cast((sums / averaged + shift).view(np.uint8), BY_NAME["F64"], self.dtype.torch_name)
         if values is not None:
             out[:] = values[lo - first * n : hi - first * n]
 

@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from mtp_convert.containers.base import Place
 from mtp_convert.containers.paths import open_regular
 from mtp_convert.encodings.cast import cast
 from mtp_convert.encodings.dtype import DType
-from mtp_convert.engine.pieces import Piece
+from mtp_convert.engine.coded import decode, rounded, strips
+from mtp_convert.engine.pieces import CodedPiece, Piece
 from mtp_convert.errors import ConvertError, Problem
 from mtp_convert.mapping.views import Shape, clip
 
@@ -63,8 +65,11 @@ class Reader:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
-    def read(self, path: Path, at: int, out: Bytes) -> None:
-        """Fill `out` from file position `at`."""
+    def read(self, path: Place, at: int, out: Bytes) -> None:
+        """Fill `out` from position `at` of a file, or of a tensor in memory."""
+        if not isinstance(path, Path):
+            path.read_into(at, out)
+            return
         fd, view, done = self.fd(path), out.data, 0
         while done < len(view):
             try:
@@ -75,7 +80,14 @@ class Reader:
                 raise ConvertError("MTP041", Problem("file became shorter while it was read", path.name))
             done += n
 
-    def copy(self, path: Path, base: int, runs: list[Run], out: Bytes, start: int) -> None:
+    def dense(self, path: Place, base: int, sizes: Shape, strides: Shape, itemsize: int) -> Bytes:
+        """A strided box of elements, strides in bytes, as contiguous bytes in row-major order."""
+        found: Bytes = np.empty(prod(sizes) * itemsize, dtype=np.uint8)
+        runs = reduce((*sizes, itemsize), (*strides, 1), (*_row_major(sizes, itemsize), 1))
+        self.copy(path, base, runs, found, 0)
+        return found
+
+    def copy(self, path: Place, base: int, runs: list[Run], out: Bytes, start: int) -> None:
         """Copy a reduced box whose first byte is at `base` of the file and at `start` of `out`."""
         *outer, run = runs
         if not outer:
@@ -92,7 +104,7 @@ class Reader:
         else:
             self._in_parts(path, base, runs, out, start)
 
-    def _in_parts(self, path: Path, base: int, runs: list[Run], out: Bytes, start: int) -> None:
+    def _in_parts(self, path: Place, base: int, runs: list[Run], out: Bytes, start: int) -> None:
         """Cut the axis with the longest reach in the source until the span fits the scratch buffer."""
         i = max(range(len(runs)), key=lambda j: (runs[j].n > 1, runs[j].source))
         axis = runs[i]
@@ -152,36 +164,44 @@ def copy_bytes(reader: Reader, piece: Piece, out: Bytes, *, lo: int, hi: int) ->
         reader.copy(piece.path, piece.base + _dot(origin, source), runs, out, at - lo)
 
 
-def add_values(reader: Reader, piece: Piece, out: npt.NDArray[np.float64], *, lo: int, hi: int) -> None:
+def add_values(reader: Reader, piece: Piece | CodedPiece, out: npt.NDArray[np.float64], *, lo: int, hi: int) -> None:
     """Add the values of `piece` to elements [lo, hi) of the target chunk (float64: sums of a few floats are exact)."""
-    for at, stride, sizes, values in _boxes(reader, piece, lo, hi, "float64"):
-        view = np.ndarray(sizes, out.dtype, out.data, (at - lo) * 8, tuple(s * 8 for s in stride))
+    for at, sizes, values in _boxes(reader, piece, lo, hi, "float64"):
+        view = np.ndarray(sizes, out.dtype, out.data, (at - lo) * 8, tuple(s * 8 for s in piece.target))
         view += values.view(np.float64).reshape(sizes)
 
 
-def cast_values(reader: Reader, piece: Piece, out: Bytes, *, lo: int, hi: int, to: DType) -> None:
+def cast_values(reader: Reader, piece: Piece | CodedPiece, out: Bytes, *, lo: int, hi: int, to: DType) -> None:
     """Write elements [lo, hi) of the target chunk as `to`; `out[0]` is the first byte of element `lo`."""
     n = to.itemsize
     words = np.dtype(f"V{n}")
-    for at, stride, sizes, values in _boxes(reader, piece, lo, hi, to.torch_name):
-        view = np.ndarray(sizes, words, out.data, (at - lo) * n, tuple(s * n for s in stride))
+    for at, sizes, values in _boxes(reader, piece, lo, hi, to.torch_name):
+        view = np.ndarray(sizes, words, out.data, (at - lo) * n, tuple(s * n for s in piece.target))
         view[...] = values.view(words).reshape(sizes)
 
 
-def _boxes(reader: Reader, piece: Piece, lo: int, hi: int, to: str) -> Iterator[tuple[int, Shape, Shape, Bytes]]:
-    """Dense boxes of converted values: first target element, target strides, sizes, raw bytes in row-major order."""
-    n = piece.dtype.itemsize
+Values = tuple[int, Shape, npt.NDArray[Any]]  # first target element, sizes, converted values in row-major order
+
+
+def _boxes(reader: Reader, piece: Piece | CodedPiece, lo: int, hi: int, to: str) -> Iterator[Values]:
+    """The part of a piece that falls into elements [lo, hi) of the target chunk, as values of torch type `to`."""
     for origin, box in clip(piece.sizes, piece.target, piece.start, lo, hi):
-        dense: Bytes = np.empty(prod(box) * n, dtype=np.uint8)
-        strides = _row_major(box, n)
-        runs = reduce((*box, n), (*piece.source, 1), (*strides, 1))
-        reader.copy(piece.path, piece.base + _dot(origin, piece.source), runs, dense, 0)
-        yield (
-            piece.start + _dot(origin, piece.target),
-            piece.target,
-            box,
-            cast(dense, piece.dtype, to),
+        at = piece.start + _dot(origin, piece.target)
+        if isinstance(piece, CodedPiece):
+            yield from _decoded(reader, piece, origin, box, at, to)
+            continue
+        dense = reader.dense(
+            piece.path, piece.base + _dot(origin, piece.source), box, piece.source, piece.dtype.itemsize
         )
+        yield at, box, cast(dense, piece.dtype, to)
+
+
+def _decoded(reader: Reader, piece: CodedPiece, origin: Shape, box: Shape, at: int, to: str) -> Iterator[Values]:
+    """The same from codes, a strip at a time."""
+    side = piece.source.moved(origin)
+    for offset, sizes in strips(piece.tensor, side, box):
+        values = rounded(decode(reader, piece.tensor, side.moved(offset), sizes), to)
+        yield at + _dot(offset, piece.target), sizes, values
 
 
 def _row_major(sizes: Shape, itemsize: int) -> Shape:

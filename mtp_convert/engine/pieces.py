@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
-from mtp_convert.containers.base import StoredChunk, StoredTensor
+from mtp_convert.containers.base import Place, StoredChunk, StoredTensor
 from mtp_convert.containers.torch_zip import contiguous
 from mtp_convert.encodings.dtype import DType
 from mtp_convert.mapping.plan import Step
@@ -20,7 +19,7 @@ class Piece(NamedTuple):
     """
 
     sizes: Shape
-    path: Path
+    path: Place
     base: int
     source: Shape
     start: int
@@ -28,7 +27,19 @@ class Piece(NamedTuple):
     dtype: DType
 
 
-def pieces_of(step: Step, tensors: Mapping[str, StoredTensor], *, offset: Shape, sizes: Shape) -> Iterator[Piece]:
+class CodedPiece(NamedTuple):
+    """The same from a tensor whose bytes are codes: `source` is in coordinates of its values."""
+
+    sizes: Shape
+    tensor: StoredTensor
+    source: Side
+    start: int
+    target: Shape
+
+
+def pieces_of(
+    step: Step, tensors: Mapping[str, StoredTensor], *, offset: Shape, sizes: Shape
+) -> Iterator[Piece | CodedPiece]:
     """Every copy into the target chunk at `offset` of `sizes` (row-major, contiguous)."""
     strides = contiguous(sizes)
     for origin in step.origins(offset, sizes):
@@ -36,6 +47,9 @@ def pieces_of(step: Step, tensors: Mapping[str, StoredTensor], *, offset: Shape,
             start, target = _linear(block.target, offset, strides)
             for name in origin.tensors:
                 tensor = tensors[name]
+                if tensor.encoding is not None:
+                    yield CodedPiece(block.sizes, tensor, block.source, start, target)
+                    continue
                 lo, hi = _rows(block.source, block.sizes)
                 for chunk in tensor.chunks_in_rows(lo, hi):
                     yield from _from_chunk(block, chunk, tensor.dtype, offset, strides, start, target)

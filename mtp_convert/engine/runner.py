@@ -81,6 +81,17 @@ def write_files(
     return tuple(run.done[f.path] for f in files)
 
 
+def read_files(files: Sequence[OutFile]) -> None:
+    """Produce every byte in order and keep none: what other ranks do while the first one writes a sharded module."""
+    reader = Reader()
+    buffer: Bytes = np.empty(WINDOW, dtype=np.uint8)
+    try:
+        for file, at in _windows(files):
+            file.fill(reader, buffer[: min(WINDOW, file.size - at)], at)
+    finally:
+        reader.close()
+
+
 def _windows(files: Sequence[OutFile]) -> Iterator[tuple[OutFile, int]]:
     for file in files:
         for at in range(0, max(file.size, 1), WINDOW):

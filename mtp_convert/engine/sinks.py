@@ -10,7 +10,7 @@ from functools import partial
 from itertools import product
 from math import prod
 
-from mtp_convert.containers import safetensors, torch_dist_write
+from mtp_convert.containers import safetensors, torch_dist_write, torch_save
 from mtp_convert.containers.base import Shape, StoredTensor
 from mtp_convert.containers.torch_dist_write import Entry
 from mtp_convert.encodings.dtype import DType
@@ -20,10 +20,11 @@ from mtp_convert.mapping.plan import Step
 
 @dataclass(frozen=True, slots=True)
 class OutTensor:
-    """A target tensor with its element type."""
+    """A target tensor with its element type; `known`: its bytes, where they need no step."""
 
     step: Step
     dtype: DType
+    known: bytes | None = None
 
     @property
     def name(self) -> str:
@@ -42,11 +43,33 @@ class OutTensor:
 
     def extent(self, tensors: Mapping[str, StoredTensor], offset: Shape, sizes: Shape) -> TensorExtent:
         """The chunk at `offset` of `sizes`."""
-        return TensorExtent(self.step, tensors, self.dtype, offset, sizes)
+        return TensorExtent(self.step, tensors, self.dtype, offset, sizes, self.known)
 
     def whole(self, tensors: Mapping[str, StoredTensor]) -> TensorExtent:
         """The tensor as one chunk."""
         return self.extent(tensors, (0,) * len(self.shape), self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class OutRaw:
+    """A target tensor whose bytes are no values of a step: codes, scales, or a copy of something stored."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+    content: Extent
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes."""
+        return self.content.nbytes
+
+    def whole(self, tensors: Mapping[str, StoredTensor]) -> Extent:
+        """The tensor as one chunk."""
+        return self.content
+
+
+Out = OutTensor | OutRaw
 
 
 @dataclass(frozen=True)
@@ -63,7 +86,7 @@ class Output:
 
 
 def safetensors_output(
-    tensors: Sequence[OutTensor],
+    tensors: Sequence[Out],
     source: Mapping[str, StoredTensor],
     *,
     max_shard_size: int,
@@ -94,8 +117,8 @@ def _weight_map(index: bytes) -> object:
 Shards = tuple[tuple[OutFile, ...], dict[str, str]]
 
 
-def _sharded(tensors: Sequence[OutTensor], source: Mapping[str, StoredTensor], limit: int) -> Shards:
-    shards: list[list[OutTensor]] = [[]]
+def _sharded(tensors: Sequence[Out], source: Mapping[str, StoredTensor], limit: int) -> Shards:
+    shards: list[list[Out]] = [[]]
     size = 0
     for t in tensors:
         if shards[-1] and size + t.nbytes > limit:
@@ -114,7 +137,7 @@ def _sharded(tensors: Sequence[OutTensor], source: Mapping[str, StoredTensor], l
     return tuple(files), where
 
 
-def _file(path: str, header: bytes, members: Sequence[OutTensor], source: Mapping[str, StoredTensor]) -> OutFile:
+def _file(path: str, header: bytes, members: Sequence[Out], source: Mapping[str, StoredTensor]) -> OutFile:
     return OutFile(
         path,
         [Literal(struct.pack("<Q", len(header)) + header), *(t.whole(source) for t in members)],
@@ -122,7 +145,7 @@ def _file(path: str, header: bytes, members: Sequence[OutTensor], source: Mappin
 
 
 def _restored(
-    tensors: Sequence[OutTensor], source: Mapping[str, StoredTensor], headers: Mapping[str, bytes]
+    tensors: Sequence[Out], source: Mapping[str, StoredTensor], headers: Mapping[str, bytes]
 ) -> Shards | None:
     """The shards that the headers describe, if they hold exactly these names, types and shapes without a gap."""
     by_name = {t.name: t for t in tensors}
@@ -136,7 +159,7 @@ def _restored(
     return (tuple(files), where) if where.keys() == by_name.keys() else None
 
 
-def _members(raw: bytes, by_name: Mapping[str, OutTensor]) -> list[OutTensor] | None:
+def _members(raw: bytes, by_name: Mapping[str, Out]) -> list[Out] | None:
     """The tensors of one header in storage order; None if it is not a header of these tensors."""
     try:
         entries = json.loads(raw)
@@ -166,7 +189,7 @@ def torch_dist_output(
     layout = _DistFiles(folder, max_file_size)
     for t in tensors:
         for offset, sizes in _chunks(t):
-            frame = torch_dist_write.frame(t.dtype, sizes)
+            frame = torch_save.frame(t.dtype, sizes)
             parts: list[Extent] = [
                 Literal(frame.prefix),
                 t.extent(source, offset, sizes),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Protocol
 
-from mtp_convert.mapping.layout import Layout, LayoutError, build
+from mtp_convert.mapping.layout import Binding, Layout, LayoutError, build
 from mtp_convert.mapping.rules import Placed, Rule, Words, fields_of
 
 Config = Mapping[str, Any]
@@ -29,12 +29,23 @@ class Dims(Protocol):
         """Whether the output head is the input embedding."""
 
 
+def always(config: Config) -> bool:
+    """Every config."""
+    return True
+
+
 @dataclass(frozen=True)
 class DepthField:
-    """How a config counts MTP depths: reading it, and a config that agrees with another number of stored depths."""
+    """How a config counts MTP depths: reading it, and a config that agrees with another number of stored depths.
+
+    name: the field that people correct. counts: whether a config counts depths at all; where not, what is stored does.
+    """
 
     declared: Callable[[Config], int]
     corrected: Callable[[Config, int], dict[str, Any]]
+    name: str = "num_nextn_predict_layers"
+    counts: Callable[[Config], bool] = always
+    others: tuple[str, ...] = ()  # further fields that describe MTP depths; they travel with grafted ones
 
 
 def no_words(dims: Any) -> Words:  # noqa: ANN401 - a family's own dims
@@ -43,6 +54,34 @@ def no_words(dims: Any) -> Words:  # noqa: ANN401 - a family's own dims
 
 
 Choices = Mapping[str, tuple[str, ...]]  # word -> its spellings, the released one first
+Names = frozenset[str] | Callable[[Binding], bool]  # the stored names, or whether the tensor of a binding is stored
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a container says about the spelling of a layout.
+
+    fixed: words that it cannot have otherwise. released: words that a Megatron-Core release (major, minor) and all
+    later ones write in it, oldest first; they are what is written, reading takes any.
+    """
+
+    fixed: Words = field(default_factory=dict)
+    released: tuple[tuple[tuple[int, int], Words], ...] = ()
+
+    def words(self, version: tuple[int, int]) -> dict[str, str]:
+        """What is written for a release."""
+        found: dict[str, str] = {}
+        for since, words in self.released:
+            if since <= version:
+                found.update(words)
+        return {**found, **self.fixed}
+
+
+def count_stored(stored: Names, bindings: Mapping[str, Binding]) -> int:
+    """How many of the tensors are stored."""
+    if isinstance(stored, frozenset):
+        return len(stored & bindings.keys())
+    return sum(map(stored, bindings.values()))
 
 
 @dataclass(frozen=True)
@@ -53,8 +92,11 @@ class Family:
     places(dims): every block of the model with its prefix in each layout.
     variants: spellings of a layout that have a name of their own, as the words that differ from the released one.
     depths: how its config counts MTP depths.
-    megatron_words(dims): words of the Megatron layout that depend on the sizes (equal layers are stored stacked).
+    megatron_words(dims): words of the Megatron layout that depend on the sizes (equal layers are stored stacked);
+    hf_words(dims): the same of the Hugging Face layout.
     foreign: fields of a config, or names of tensors, that mean another kind of model; with what it is.
+    forms: what a container fixes in the spelling of the Megatron layout.
+    nested: words of the Hugging Face layout where the config is a section of a larger model's config.
     megatron_args(config, steps, repeated): the training arguments that Megatron-LM's --use-checkpoint-args reads.
     """
 
@@ -71,7 +113,10 @@ class Family:
     megatron_since: tuple[int, int]  # first Megatron-Core release (major, minor) with MTP in this model class
     notes: tuple[str, ...] = ()
     megatron_words: Callable[[Any], Words] = no_words
+    hf_words: Callable[[Any], Words] = no_words
     foreign: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    nested: Words = field(default_factory=dict)
 
     def layout(self, name: str, dims: Dims, words: Words | None = None) -> Layout:
         """The layout `name` over `dims`, in the released spelling unless `words` say otherwise."""
@@ -80,7 +125,8 @@ class Family:
     def default_words(self, name: str, dims: Dims) -> dict[str, str]:
         """The released spelling of a layout."""
         first = {word: spellings[0] for word, spellings in self.choices[name].items()}
-        return {**first, **(self.megatron_words(dims) if name == "megatron" else {})}
+        by_dims = {"megatron": self.megatron_words, "hf": self.hf_words}.get(name, no_words)
+        return {**first, **by_dims(dims)}
 
     def spellings(self, name: str, dims: Dims, words: Iterable[str] | None = None) -> Iterator[dict[str, str]]:
         """Every combination of spellings of a layout (of `words`, the others as released), the released one first."""
@@ -97,20 +143,24 @@ class Family:
         used = {f for template in templates for f in fields_of(template)} | {w for row in rules for w in row.when}
         return [word for word in self.choices[name] if word in used]
 
-    def fit(self, name: str, dims: Dims, stored: frozenset[str]) -> Layout:
-        """The spelling of layout `name` that explains most of the stored names.
+    def fit(self, name: str, dims: Dims, stored: Names, fixed: Words | None = None) -> Layout:
+        """The spelling of layout `name` that explains most of the stored names; `fixed` words are not tried otherwise.
 
         The ends of the model decide first, over all combinations, because some words help only together; the rest is
-        chosen word by word.
+        chosen word by word. Of spellings that explain as much, one that asks for nothing more is taken.
         """
+        fixed = fixed or {}
         ends = [next(self.places(dims))]
-        starts = self.spellings(name, dims, self._words_of(name, ends[0]))
-        start = max(starts, key=lambda words: len(stored & build(name, ends, words).bindings.keys()))
+        free = [word for word in self._words_of(name, ends[0]) if word not in fixed]
+        starts = [{**words, **fixed} for words in self.spellings(name, dims, free)]
+        start = max(starts, key=lambda words: count_stored(stored, build(name, ends, words).bindings))
         best = self.layout(name, dims, start)
-        score = len(stored & best.bindings.keys())
+        score = count_stored(stored, best.bindings)
         for word, spellings in self.choices[name].items():
             if score == len(best.bindings):
                 break
+            if word in fixed:
+                continue
             for spelling in spellings:
                 if spelling == best.words[word]:
                     continue
@@ -118,21 +168,30 @@ class Family:
                     other = self.layout(name, dims, {**best.words, word: spelling})
                 except LayoutError:  # a spelling that this model cannot have, e.g. stacked unequal layers
                     continue
-                if (found := len(stored & other.bindings.keys())) > score:
+                found = count_stored(stored, other.bindings)
+                if found > score or (found == score and found == len(other.bindings) < len(best.bindings)):
                     best, score = other, found
         return best
 
     def depth_tensors(self, layout: Layout, dims: Dims, k: int) -> frozenset[str]:
         """The tensor names of MTP depth `k` in the spelling of `layout` (the dims must have that depth)."""
-        placed = [p for p in self.places(dims) if p.at.get("k") == k]
-        return frozenset(build(layout.name, placed, layout.words).bindings)
+        return frozenset(self._depth(layout, dims, k))
 
-    def stored_depths(self, layout: Layout, dims: Dims, stored: frozenset[str]) -> int:
+    def stored_depths(self, layout: Layout, dims: Dims, stored: Names) -> int:
         """How many MTP depths a checkpoint holds: the depths of which any tensor is there, without a gap."""
         k = 0
-        while self.depth_tensors(layout, with_depths(dims, k + 1), k) & stored:
+        while count_stored(stored, self._depth(layout, with_depths(dims, k + 1), k)):
             k += 1
         return k
+
+    def _depth(self, layout: Layout, dims: Dims, k: int) -> Mapping[str, Binding]:
+        placed = [p for p in self.places(dims) if p.at.get("k") == k]
+        return build(layout.name, placed, layout.words).bindings
+
+    def fixed(self, layout: str, container: str) -> Words:
+        """The words of a layout that a container cannot have otherwise."""
+        form = self.forms.get("legacy" if container == "module" else container, Form())
+        return {w: s for w, s in form.fixed.items() if w in self.choices[layout]} if layout == "megatron" else {}
 
 
 def with_depths(dims: Dims, depths: int) -> Dims:

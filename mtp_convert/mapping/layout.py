@@ -6,11 +6,13 @@ without hole or overlap, and no name is used twice. A table that cannot be right
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from mtp_convert.mapping.ops import Op
 from mtp_convert.mapping.rules import (
+    SAME,
     Block,
     Copy,
     Domains,
@@ -18,9 +20,11 @@ from mtp_convert.mapping.rules import (
     Param,
     Placed,
     Rule,
+    Tied,
     Words,
     assignments,
     expand,
+    fields_of,
     holds,
 )
 from mtp_convert.mapping.views import Shape, View
@@ -39,6 +43,33 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Template:
+    """A name with its indices still open, the values that make it the full name, and how many values some can have.
+
+    Sharded checkpoints count layers and experts from zero in every rank, so the same template names both.
+    """
+
+    text: str
+    at: Mapping[str, int] = field(default_factory=dict, hash=False)
+    counts: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    def name(self, **local: int) -> str:
+        """The name with these indices in place of its own."""
+        return self.text.format_map({**self.at, **local})
+
+
+NAMELESS = Template("")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The `_extra_state` of a module, as a `state_dict` names it; `none` where its value is None."""
+
+    template: Template
+    none: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Binding:
     """One layout tensor, all indices filled in. The first `stacked` dimensions are stacking indices."""
 
@@ -49,6 +80,9 @@ class Binding:
     vocab: bool = False
     high_precision: bool = False
     dtype: str = ""  # the element type that the layout always stores it in; empty where it follows the rest
+    plus: float = 0.0  # what the tensor's values are more than its params'
+    op: Op = SAME
+    template: Template = NAMELESS
 
 
 @dataclass(frozen=True)
@@ -62,11 +96,28 @@ class Layout:
     objects: tuple[str, ...]
     copies: Mapping[str, str]  # tensor -> param
     home: Mapping[str, tuple[Binding, View]] = field(repr=False)  # param -> where it lies
+    states: tuple[State, ...] = field(default=(), repr=False)
+    tied: Mapping[str, str] = field(default_factory=dict)  # param -> the param that is stored for it
 
     def copy_binding(self, tensor: str) -> Binding:
         """The binding that a copy would have if it were the param's own tensor."""
         own, _ = self.home[self.copies[tensor]]
-        return replace(own, tensor=tensor)
+        return replace(own, tensor=tensor, template=Template(tensor))
+
+
+def narrowed(layout: Layout, keep: Callable[[str], bool]) -> Layout:
+    """The part of a layout whose params (by name) are kept; a tensor stays when all of its params do."""
+    bindings = {n: b for n, b in layout.bindings.items() if all(keep(p.param) for p in b.parts)}
+    params = {p.param for b in bindings.values() for p in b.parts}
+    return replace(
+        layout,
+        params={n: p for n, p in layout.params.items() if n in params},
+        bindings=bindings,
+        objects=(),
+        copies={n: p for n, p in layout.copies.items() if p in params},
+        home={n: h for n, h in layout.home.items() if n in params},
+        states=(),
+    )
 
 
 def build(name: str, placed: Iterable[Placed], words: Words) -> Layout:
@@ -79,7 +130,9 @@ def build(name: str, placed: Iterable[Placed], words: Words) -> Layout:
     params = params_of(placed)
     bindings: dict[str, Binding] = {}
     objects: list[str] = []
+    states: list[State] = []
     copies: dict[str, str] = {}
+    tied: dict[str, str] = {}
     if words.get("decoder") == "stacked":
         placed = tuple(_stacked(name, placed))
     for place in placed:
@@ -89,9 +142,7 @@ def build(name: str, placed: Iterable[Placed], words: Words) -> Layout:
             **{n: (v,) for n, v in place.at.items()},
             **_layers(place),
         }
-        for row in place.block.rows[name]:
-            if not holds(row, words):
-                continue
+        for row in (r for r in place.block.rows[name] if holds(r, words)):
             if isinstance(row, Rule):
                 for b in _bind(row, prefix, place, domains, words, params):
                     if b.tensor in bindings:
@@ -99,10 +150,13 @@ def build(name: str, placed: Iterable[Placed], words: Words) -> Layout:
                     bindings[b.tensor] = b
             elif isinstance(row, Copy):
                 copies[(prefix + row.tensor).format_map({**words, **place.at})] = row.param
+            elif isinstance(row, Tied):
+                tied[(place.param + row.param).format_map(dict(place.at))] = row.to
             else:
                 objects += _objects(row, prefix, domains, words)
-    home = _home(name, bindings, params)
-    return Layout(name, dict(words), params, bindings, tuple(objects), copies, home)
+                states += (State(t, row.none) for t in _templates(prefix + row.key, place, domains, words))
+    home = _home(name, bindings, params, tied)
+    return Layout(name, dict(words), params, bindings, tuple(objects), copies, home, tuple(states), tied)
 
 
 def params_of(placed: Iterable[Placed]) -> dict[str, Param]:
@@ -115,7 +169,7 @@ def params_of(placed: Iterable[Placed]) -> dict[str, Param]:
                 full = base + param.name.format_map(at)
                 if full in params:
                     raise LayoutError(f"param {full!r} is declared twice")
-                params[full] = Param(full, param.shape, param.high_precision, param.vocab)
+                params[full] = replace(param, name=full)
     return params
 
 
@@ -130,12 +184,13 @@ def _bind(
     """One binding per assignment of the indices in the tensor's name."""
     template = prefix + row.tensor
     names = [place.param + p for p in row.params]
-    for at in expand(template, domains):
+    for named in _templates(template, place, domains, words):
+        at = named.at
         parts: list[Part] = []
         counts = tuple(len(domains[n]) for n in row.over)
         shape: Shape = ()
         for position, stacked_at in assignments(row.over, domains):
-            full = [n.format_map({**place.at, **at, **stacked_at}) for n in names]
+            full = [n.format_map({**at, **stacked_at}) for n in names]
             try:
                 shapes = [params[f].shape for f in full]
                 shape, views = row.op.place(shapes)
@@ -146,14 +201,25 @@ def _bind(
             parts += [Part(f, v) for f, v in zip(full, views, strict=True)]
         first = [params[p.param] for p in parts]
         yield Binding(
-            template.format_map({**words, **place.at, **at}),
+            named.name(),
             counts + shape,
             tuple(parts),
             len(counts),
             vocab=any(p.vocab for p in first),
             high_precision=all(p.high_precision for p in first),
             dtype=row.dtype,
+            plus=row.plus,
+            op=row.op,
+            template=named,
         )
+
+
+def _templates(template: str, place: Placed, domains: Domains, words: Words) -> Iterator[Template]:
+    """The template with its words filled in, once per assignment of its indices."""
+    text = template.format_map({**{n: f"{{{n}}}" for n in fields_of(template)}, **words})
+    counts = {n: len(values) for n, values in place.block.domains.items()}
+    for at in expand(template, domains):
+        yield Template(text, {**place.at, **at}, counts)
 
 
 def _objects(row: Extra, prefix: str, domains: Domains, words: Words) -> Iterator[str]:
@@ -184,17 +250,19 @@ def _stacked(layout: str, placed: tuple[Placed, ...]) -> Iterator[Placed]:
         first = members[0]
         if any(m.block != first.block for m in members):
             raise LayoutError(f"{layout}: layers of different kinds cannot be stacked")
-        rows: list[Rule | Extra | Copy] = []
+        rows: list[Rule | Extra] = []
         for row in first.block.rows[layout]:
-            if not isinstance(row, Copy):
+            if isinstance(row, Rule | Extra):
                 rows.append(replace(row, over=(index, *row.over)))
         prefix = first.prefixes[layout].replace(f"{{{index}}}.", "")
         block = Block(first.block.params, {layout: tuple(rows)}, first.block.domains)
         yield Placed(block, first.param, {layout: prefix}, {"count": len(members)}, index)
 
 
-def _home(name: str, bindings: Mapping[str, Binding], params: Mapping[str, Param]) -> dict[str, tuple[Binding, View]]:
-    """Where each param lies; the exact-cover check."""
+def _home(
+    name: str, bindings: Mapping[str, Binding], params: Mapping[str, Param], tied: Mapping[str, str]
+) -> dict[str, tuple[Binding, View]]:
+    """Where each param lies; the exact-cover check. Tied params lie where the other one does (if that is placed)."""
     home: dict[str, tuple[Binding, View]] = {}
     for b in bindings.values():
         for part in b.parts:
@@ -205,10 +273,13 @@ def _home(name: str, bindings: Mapping[str, Binding], params: Mapping[str, Param
         filled = sum(prod(params[p.param].shape) for p in b.parts)
         if filled != prod(b.shape) or not _disjoint(b):
             raise LayoutError(f"{name}: the params of {b.tensor!r} do not tile its shape {b.shape}")
-    missing = sorted(params.keys() - home.keys())
+    missing = sorted(params.keys() - home.keys() - tied.keys())
     if missing:
         raise LayoutError(f"{name}: no tensor holds {', '.join(missing[:5])} ({len(missing)} in all)")
-    return home
+    for param, to in tied.items():
+        if param in home or (to in params and params[to].shape != params[param].shape):
+            raise LayoutError(f"{name}: {param!r} cannot be tied to {to!r}")
+    return home | {param: home[to] for param, to in tied.items() if to in home}
 
 
 def _disjoint(binding: Binding) -> bool:

@@ -6,6 +6,7 @@ tensor. Nothing here says which side is read, so one op serves both directions.
     Same            tensor = param
     Concat(d)       [a; b; c] along dimension d
     Grouped(g)      rows [a_0; b_0; c_0; a_1; b_1; c_1; ...]: every param's rows are cut into g groups (Megatron's QKV)
+    Appended(of)    rows of the last param below what another op makes of the others
     Permute(order)  dimension j of the tensor is dimension order[j] of the param, or of what another op makes
 """
 
@@ -76,6 +77,21 @@ class Grouped:
             views.append(View((offset, *(0,) * (len(shape) - 1)), axes))
             offset += rows
         return (per_group * self.groups, *shapes[0][1:]), tuple(views)
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """Rows of the last param below what `of` makes of the others."""
+
+    of: Op
+
+    def place(self, shapes: Sequence[Shape]) -> Placed:
+        """Take what `of` takes and one more, with the same columns."""
+        *others, last = shapes
+        above, views = self.of.place(others)
+        if above[1:] != last[1:]:
+            raise ValueError(f"cannot append {last} to {above}")
+        return (above[0] + last[0], *above[1:]), (*views, whole(last).shifted(0, above[0]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,18 @@ class Step:
         return len(self.alias(self.binding.parts[0].param))
 
     @cached_property
+    def shift(self) -> float:
+        """What the values gain on the way, where the two layouts count them from different numbers.
+
+        Raises:
+            ValueError: the sources differ in that; a mistake of an adapter.
+        """
+        found = {self._home(p).plus for part in self.binding.parts for p in self.alias(part.param)}
+        if len(found) > 1:
+            raise ValueError(f"{self.tensor}: its sources count from {sorted(found)}")
+        return self.binding.plus - found.pop()
+
+    @cached_property
     def _parts(self) -> Mapping[Shape, tuple[Part, ...]]:
         """Parts by their index in the stacked dimensions, so that a chunk of a stack finds its own at once."""
         found: dict[Shape, list[Part]] = {}
@@ -88,14 +100,19 @@ class Step:
         if own.shape != self.binding.shape or len(own.parts) != len(self.binding.parts):
             return None
         for mine, theirs in zip(self.binding.parts, own.parts, strict=True):
-            if mine.view != theirs.view or self.alias(mine.param)[0] != theirs.param:
+            name = self.alias(mine.param)[0]
+            if mine.view != theirs.view or self.source.tied.get(name, name) != theirs.param:
                 return None
         view = whole(own.shape)
         return Origin(tuple(h.tensor for h in homes), join(view, view))
 
     @property
     def op(self) -> str:
-        """One word for people: what happens on the way."""
+        """In a word for people: what happens on the way."""
+        return f"{self._move} {self.shift:+g}" if self.shift else self._move
+
+    @property
+    def _move(self) -> str:
         if self.averaged > 1:
             return f"mean of {self.averaged}"
         if self._identical() is not None:

@@ -26,12 +26,18 @@ class Param:
 
     high_precision: stays in its stored dtype when everything else is cast (router bias, A_log, ...).
     vocab: dimension 0 counts tokens, so a stored tensor may have padding rows after the true ones.
+    cut: the dimension of which every tensor-parallel rank holds an equal share, in rank order: 0 for what a
+    column-parallel layer makes (q, k, v, gate, up, the parts of a Mamba projection, per-head vectors), 1 for the input
+    of a row-parallel layer (o, down, out). None: every rank holds all of it (norms, routers, down projections of MLA,
+    latent projections, biases of row-parallel layers). Params with an expert index `{e}` are cut by the expert-tensor
+    size instead and their experts are dealt out to expert-parallel ranks.
     """
 
     name: str
     shape: Shape
     high_precision: bool = False
     vocab: bool = False
+    cut: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,8 @@ class Rule:
     """One layout tensor <- its params through one op.
 
     over: indices stacked in front, outermost first. when: words that must be chosen for the row to hold. dtype: the
-    element type that the layout always stores it in, by its safetensors name; empty where it follows the rest.
+    element type that the layout always stores it in, by its safetensors name; empty where it follows the rest. plus:
+    tensor = params + plus, for norms whose weight one side counts from 0 and the other from 1.
     """
 
     tensor: str
@@ -48,15 +55,20 @@ class Rule:
     over: tuple[str, ...] = ()
     when: Words = field(default_factory=dict)
     dtype: str = ""
+    plus: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """A non-tensor object that a layout stores beside a module, one per value of the indices in `over`."""
+    """A non-tensor object that a layout stores beside a module, one per value of the indices in `over`.
+
+    none: a `state_dict` holds None for it, not the empty tensor of a TransformerEngine module.
+    """
 
     key: str
     over: tuple[str, ...] = ()
     when: Words = field(default_factory=dict)
+    none: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +80,19 @@ class Copy:
     when: Words = field(default_factory=dict)
 
 
-Row = Rule | Extra | Copy
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """A param that a layout stores only as another one, of any place (its full name): it must hold the same numbers.
+
+    Both must be whole tensors wherever they are stored apart.
+    """
+
+    param: str
+    to: str
+    when: Words = field(default_factory=dict)
+
+
+Row = Rule | Extra | Copy | Tied
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +115,16 @@ class Placed:
     stack: str = ""  # the index over which a homogeneous model may store these places stacked
 
 
-def rule(tensor: str, *params: str, op: Op | None = None, over: tuple[str, ...] = (), dtype: str = "") -> Rule:
+def rule(
+    tensor: str,
+    *params: str,
+    op: Op | None = None,
+    over: tuple[str, ...] = (),
+    dtype: str = "",
+    plus: float = 0.0,
+) -> Rule:
     """Short form of `Rule` for tables."""
-    return Rule(tensor, params, op or SAME, over, dtype=dtype)
+    return Rule(tensor, params, op or SAME, over, dtype=dtype, plus=plus)
 
 
 def only(*rows: Row, **words: str) -> tuple[Row, ...]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mtp_convert.containers import torch_dist, torch_zip
 from mtp_convert.containers.base import Stored
-from mtp_convert.containers.torch_dist_write import frame
+from mtp_convert.containers.torch_save import frame
 from mtp_convert.encodings.dtype import BY_NAME
 from mtp_convert.errors import ConvertError
 

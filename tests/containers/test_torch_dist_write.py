@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from mtp_convert.containers import torch_dist, torch_zip
 from mtp_convert.containers.base import StoredChunk, StoredTensor
 from mtp_convert.containers.pickle_write import dumps
-from mtp_convert.containers.torch_dist_write import extra_state, frame, save_object
+from mtp_convert.containers.torch_dist_write import extra_state
+from mtp_convert.containers.torch_save import frame, save_object
 from mtp_convert.encodings.dtype import BY_NAME, DTYPES, DType
 from mtp_convert.engine.runner import write_files
 from mtp_convert.engine.sinks import OutTensor, torch_dist_output

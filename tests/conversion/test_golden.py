@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtp_convert.checkpoint import open_checkpoint
-from mtp_convert.models.megatron_hybrid import HybridOutput, HybridSettings, MegatronHybrid
+from mtp_convert.models.megatron.language_model import Prediction
 from mtp_convert.models.nemotron_h import NemotronHWithMTP
 from mtp_convert.options import Options
 from mtp_convert.roundtrip import roundtrip
-from mtp_convert.verify.forward import load_tensors, relative_error, run_hf, run_megatron
+from mtp_convert.verify.forward import predict, relative_error, run_hf, run_megatron
 
 TOLERANCE = 2e-4
 SOURCES = [*(AUTOMODEL / n for n in HF_NAMES), TINY]
@@ -38,13 +38,9 @@ class Report:
         assert max(self.errors.values()) < TOLERANCE, self.errors
 
 
-@torch.no_grad()
-def megatron_forward(folder: Path, ids: Tensor) -> HybridOutput:
+def megatron_forward(folder: Path, ids: Tensor) -> Prediction:
     """Megatron's own names and arguments, nothing else."""
-    stored = open_checkpoint(folder).stored
-    args = stored.arguments["args"]
-    assert isinstance(args, dict)
-    return MegatronHybrid(HybridSettings.from_megatron_args(args), load_tensors(stored)).forward(ids)
+    return predict(open_checkpoint(folder).stored, ids)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)

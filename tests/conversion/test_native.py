@@ -15,7 +15,7 @@ from mtp_convert.errors import ConvertError
 from mtp_convert.options import Options
 from mtp_convert.roundtrip import roundtrip
 
-NAMES = sorted(p.parent.name for p in AUTOMODEL.glob("nemotron*/native.safetensors"))
+NAMES = sorted(p.parent.name for p in AUTOMODEL.glob("*/native.safetensors"))
 WEIGHTS = "model.safetensors"
 
 

@@ -181,7 +181,7 @@ class TestMegatronFiles:
             "tensor_model_parallel_size": 2,
             "pipeline_model_parallel_size": 3,
             "expert_model_parallel_size": 4,
-            "expert_tensor_parallel_size": 1,
+            "expert_tensor_parallel_size": 2,
             "ckpt_format": "torch_dist",
         }
         found = vars(state["args"])

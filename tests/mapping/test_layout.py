@@ -6,7 +6,8 @@ from _cells import numbered, stored
 
 from mtp_convert.mapping.layout import Layout, LayoutError, build
 from mtp_convert.mapping.ops import Concat, Grouped
-from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, rule
+from mtp_convert.mapping.plan import make_plan
+from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, Tied, rule
 
 E, LAYERS = 3, 2
 
@@ -139,6 +140,36 @@ def test_copies_name_a_param_and_take_its_form() -> None:
     assert layout.copy_binding("again").shape == (4, 2)
     assert layout.copy_binding("again").vocab
     assert layout.objects == ("t._extra_state/shard_0_1",)
+
+
+def test_a_tied_param_lies_where_the_other_one_does() -> None:
+    layout = built([A, Param("again", A.shape)], rule("t", "a"), Tied("again", "a"))
+    assert layout.bindings.keys() == {"t"}
+    assert layout.home["again"] == layout.home["a"]
+    assert layout.tied == {"again": "a"}
+
+
+def test_a_tensor_of_a_tied_param_is_a_copy_of_the_other_one() -> None:
+    source = built([A, Param("again", A.shape)], rule("t", "a"), Tied("again", "a"))
+    target = built([A, Param("again", A.shape)], rule("t", "a"), rule("u", "again"))
+    assert [(s.tensor, s.sources, s.op) for s in make_plan(source, target).steps] == [
+        ("t", ("t",), "copy"),
+        ("u", ("t",), "rename"),
+    ]
+
+
+def test_a_tied_param_of_another_place_is_named_in_full() -> None:
+    ends = Placed(Block((A,), {"x": (rule("t", "a"),)}), "", {"x": ""})
+    depth = Placed(Block((Param("own", A.shape),), {"x": (Tied("own", "a"),)}), "mtp.{k}.", {"x": "m.{k}."}, {"k": 3})
+    assert build("x", [ends, depth], {}).tied == {"mtp.3.own": "a"}
+    assert build("x", [depth], {}).home == {}  # a part of the model, without the place of the other one
+
+
+@pytest.mark.parametrize("rows", [[rule("t", "a"), rule("u", "b"), Tied("b", "a")], [rule("t", "a"), Tied("b", "a")]])
+def test_a_param_that_cannot_be_tied_is_refused(rows: list[Row]) -> None:
+    """It is stored on its own, or has another shape."""
+    with pytest.raises(LayoutError, match="x: 'b' cannot be tied to 'a'"):
+        built([A, B], *rows)
 
 
 def test_flags_of_params_reach_the_tensor() -> None:

@@ -8,7 +8,7 @@ from _cells import Array, cells
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_convert.mapping.ops import Concat, Grouped, Op, Permute, Same
+from mtp_convert.mapping.ops import Appended, Concat, Grouped, Op, Permute, Same
 from mtp_convert.mapping.views import Shape
 
 dims = st.integers(1, 4)
@@ -63,6 +63,13 @@ def test_grouped_is_what_megatron_calls_qkv() -> None:
     assert np.array_equal(laid_out(Grouped(kv), [q, k, v]), np.concatenate(shaped, axis=1).reshape(-1, hidden))
 
 
+@given(st.integers(1, 3), st.lists(dims, min_size=1, max_size=3), dims, st.lists(dims, max_size=2))
+def test_appended_rows_come_last(groups: int, rows: list[int], more: int, rest: list[int]) -> None:
+    params = arrays([*((groups * r, *rest) for r in rows), (more, *rest)])
+    wanted = np.concatenate([laid_out(Grouped(groups), params[:-1]), params[-1]])
+    assert np.array_equal(laid_out(Appended(Grouped(groups)), params), wanted)
+
+
 @given(shapes, st.data())
 def test_permute(shape: Shape, data: st.DataObject) -> None:
     order = tuple(data.draw(st.permutations(range(len(shape)))))
@@ -79,6 +86,8 @@ def test_permute(shape: Shape, data: st.DataObject) -> None:
         (Grouped(2), [(2, 3), (2, 2), (2, 4)], "different columns"),  # the volumes alone would agree
         (Same(), [(2,), (2,)], "unpack"),
         (Permute((1, 0)), [(2, 3), (2, 3)], "unpack"),
+        (Appended(Same()), [(2, 3), (1, 4)], "cannot append"),
+        (Appended(Same()), [(2, 3)], "unpack"),
     ],
 )
 def test_params_that_an_op_cannot_place(op: Op, bad: list[Shape], message: str) -> None:

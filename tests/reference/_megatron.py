@@ -31,8 +31,12 @@ class Megatron:
 
     def resave(self, size: str, *args: object) -> None:
         """The same run as two processes with one parallel size (tp, pp or ep) of two."""
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        words = [str(self.python), str(HERE / "run_hybrid.py"), *map(str, args), f"--{size}", "2"]
+        self.run_ranks(2, "run_hybrid.py", *args, f"--{size}", 2)
+
+    def run_ranks(self, count: int, script: str, *args: object) -> str:
+        """Run a script as several processes; the output of the first, or an assertion with everything they said."""
+        env = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        words = [str(self.python), str(HERE / script), *map(str, args)]
         ranks = [
             subprocess.Popen(
                 words,
@@ -41,10 +45,11 @@ class Megatron:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            for r in range(2)
+            for r in range(count)
         ]
         said = [rank.communicate(timeout=TIMEOUT)[0] for rank in ranks]
         assert not any(rank.returncode for rank in ranks), "\n".join(said)
+        return said[0]
 
 
 def install(version: str) -> Megatron:

@@ -80,8 +80,17 @@ def base_settings(config: Config, dtype: torch.dtype) -> Config:
     }
 
 
-def build(config: Config, dtype: torch.dtype, depths: int, repeated: bool, sizes: dict[str, int]) -> nn.Module:
-    """The model of this process; `sizes` are the tp, pp and ep sizes."""
+def build(
+    config: Config,
+    dtype: torch.dtype,
+    depths: int,
+    repeated: bool,
+    sizes: dict[str, int],
+    *,
+    layer_pattern: str | None = None,
+    vp_stage: int | None = None,
+) -> nn.Module:
+    """The model of this process, or of one of its virtual pipeline stages; `sizes` are tp, pp, ep, etp and vpp."""
     from megatron.core import parallel_state
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -96,6 +105,8 @@ def build(config: Config, dtype: torch.dtype, depths: int, repeated: bool, sizes
         "tensor_model_parallel_size": sizes["tp"],
         "pipeline_model_parallel_size": sizes["pp"],
         "expert_model_parallel_size": sizes["ep"],
+        "expert_tensor_parallel_size": sizes.get("etp") or sizes["tp"],
+        "virtual_pipeline_model_parallel_size": sizes.get("vpp"),
         "sequence_parallel": sizes["tp"] > 1 and sizes["ep"] > 1,
         "mtp_num_layers": depths or None,
         "mtp_use_repeated_layer": repeated,
@@ -107,12 +118,13 @@ def build(config: Config, dtype: torch.dtype, depths: int, repeated: bool, sizes
         hybrid_stack_spec,
         vocab_size=config["vocab_size"],
         max_sequence_length=config.get("max_position_embeddings", 4096),
-        hybrid_layer_pattern="/".join([main, *[mtp] * depths]),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        hybrid_layer_pattern=layer_pattern or "/".join([main, *[mtp] * depths]),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         parallel_output=False,
         share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings")),
         position_embedding_type="none",
+        vp_stage=vp_stage,
     )
 
 

@@ -28,7 +28,7 @@ def prepare() -> None:
     _redirect_cuda()
 
 
-def start(tp: int = 1, pp: int = 1, ep: int = 1) -> None:
+def start(tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None, vpp: int | None = None) -> None:
     """Process groups over gloo: alone, or as RANK of WORLD_SIZE."""
     import torch
     import torch.distributed as dist
@@ -44,7 +44,9 @@ def start(tp: int = 1, pp: int = 1, ep: int = 1) -> None:
     parallel_random.CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
     parallel_random.CudaRNGStatesTracker.is_initialized = lambda _: True
     torch.manual_seed(0)
-    parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep)
+    parallel_state.initialize_model_parallel(
+        tp, pp, vpp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+    )
 
 
 class Anything:

@@ -34,23 +34,30 @@ class Stateful(nn.Module):
         pass
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
-    """Every group of the last axis by its root mean square, in float32."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1, *, plus: float = 0.0) -> Tensor:
+    """Every group of the last axis by its root mean square, in float32; `plus` is 1 for weights that count from 0."""
     parts = x.float().unflatten(-1, (groups, -1))
     scaled = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)
-    return (scaled.flatten(-2) * weight.float()).to(x.dtype)
+    return (scaled.flatten(-2) * (weight.float() + plus)).to(x.dtype)
 
 
 class RMSNorm(Stateful):
     """`transformer_engine.pytorch.RMSNorm`."""
 
-    def __init__(self, normalized_shape: int, eps: float, params_dtype: torch.dtype, **_: object) -> None:
+    def __init__(
+        self,
+        normalized_shape: int,
+        eps: float,
+        params_dtype: torch.dtype,
+        zero_centered_gamma: bool = False,
+        **_: object,
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.plus = eps, float(zero_centered_gamma)
         self.weight = nn.Parameter(torch.ones(normalized_shape, dtype=params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, plus=self.plus)
 
 
 def local_sizes(in_features: int, out_features: int, parallel_mode: str | None, tp_size: int) -> tuple[int, int]:
@@ -101,6 +108,7 @@ class LayerNormLinear(Linear):
         bias: bool,
         tp_size: int,
         parallel_mode: str,
+        zero_centered_gamma: bool = False,
         **_: object,
     ) -> None:
         super().__init__(
@@ -111,11 +119,11 @@ class LayerNormLinear(Linear):
             parallel_mode=parallel_mode,
             tp_size=tp_size,
         )
-        self.eps = eps
+        self.eps, self.plus = eps, float(zero_centered_gamma)
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features, dtype=params_dtype))
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
-        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps))
+        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps, plus=self.plus))
 
 
 class GroupedLinear(Stateful):

@@ -1,11 +1,30 @@
-"""Blocks shared by families: params with shapes, and their rows in Megatron-Core's torch_dist names.
+"""Blocks shared by families: params with shapes, and their rows in Megatron-Core's names.
 
 A family takes a block with Hugging Face names, or adds its own with `with_hf`. Every file has its shape legend.
 """
 
 from mtp_convert.adapters.blocks.attention import Attention, attention, llama_attention
-from mtp_convert.adapters.blocks.base import MEGATRON_WORDS, megatron_words, renamed, te, with_hf
-from mtp_convert.adapters.blocks.decoder import TRUNKS, Depth, HfPrefixes, Layer, ends, homogeneous, places
+from mtp_convert.adapters.blocks.base import (
+    MEGATRON_FORMS,
+    MEGATRON_WORDS,
+    megatron_words,
+    renamed,
+    te,
+    te_attention,
+    with_hf,
+)
+from mtp_convert.adapters.blocks.decoder import (
+    MEGATRON,
+    NATIVE,
+    TRUNKS,
+    Depth,
+    HfPrefixes,
+    Layer,
+    ends,
+    homogeneous,
+    places,
+)
+from mtp_convert.adapters.blocks.delta_net import DeltaNet, delta_net, qwen_delta_net
 from mtp_convert.adapters.blocks.mamba import Mamba, hf_mamba_rows, mamba
 from mtp_convert.adapters.blocks.mla import Indexer, Mla, deepseek_mla, mla
 from mtp_convert.adapters.blocks.mlp import Mlp, llama_mlp, mlp
@@ -13,9 +32,13 @@ from mtp_convert.adapters.blocks.moe import Moe, llama_moe, moe
 from mtp_convert.adapters.blocks.mtp import hf_fusion, mtp_final_norm, mtp_fusion
 
 __all__ = [
+    "MEGATRON",
+    "MEGATRON_FORMS",
     "MEGATRON_WORDS",
+    "NATIVE",
     "TRUNKS",
     "Attention",
+    "DeltaNet",
     "Depth",
     "HfPrefixes",
     "Indexer",
@@ -26,6 +49,7 @@ __all__ = [
     "Moe",
     "attention",
     "deepseek_mla",
+    "delta_net",
     "ends",
     "hf_fusion",
     "hf_mamba_rows",
@@ -41,7 +65,9 @@ __all__ = [
     "mtp_final_norm",
     "mtp_fusion",
     "places",
+    "qwen_delta_net",
     "renamed",
     "te",
+    "te_attention",
     "with_hf",
 ]

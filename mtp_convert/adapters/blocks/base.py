@@ -2,20 +2,30 @@
 
 Words of the Megatron layout: where a pre-norm lives (fused into the next linear by TransformerEngine, or separate),
 what the block inside an MTP depth is called, whether equal decoder layers are stacked. A family lists those it uses.
+
+`keys` says whose names they are: "dist" are the keys of a torch_dist checkpoint, "state_dict" those of the modules, as
+legacy checkpoints (`mp_rank_XX`) store them. They differ where torch_dist takes a tensor apart or stacks several: rows
+of such tensors are given twice, with `only(..., keys=...)`; all other rows serve both. For legacy checkpoints every
+param also says with `Param.cut` how tensor parallelism cuts it.
 """
 
 from __future__ import annotations
 
-from mtp_convert.mapping.rules import Block, Extra, Row, rule
+from mtp_convert.mapping.family import Form
+from mtp_convert.mapping.rules import Block, Extra, Row, only, rule
 
 # The first spelling is what current Megatron-Core with TransformerEngine specs writes.
 MEGATRON_WORDS: dict[str, tuple[str, ...]] = {
     "wrapper": ("", "model.", "module.", "language_model."),
+    "keys": ("dist", "state_dict"),
+    "experts": ("grouped", "sequential"),
+    "conv": ("conv1d_", "conv1d."),
     "inner": ("mtp_model_layer", "transformer_layer"),
     "decoder": ("per_layer", "stacked"),
     "attention_norm": ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
     "mlp_norm": ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
     "moe_norm": ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    "delta_norm": ("self_attention.in_proj.layer_norm_weight", "input_layernorm.weight"),
     "mamba_norm": ("mixer.in_proj.layer_norm_weight", "norm.weight"),
     "q_norm": ("linear_q_up_proj.layer_norm_weight", "q_layernorm.weight"),
     "kv_norm": ("linear_kv_up_proj.layer_norm_weight", "kv_layernorm.weight"),
@@ -23,9 +33,25 @@ MEGATRON_WORDS: dict[str, tuple[str, ...]] = {
 }
 
 
+ALWAYS = ("keys", "experts", "conv")
+
+# How the containers of Megatron checkpoints spell the layout.
+MEGATRON_FORMS: dict[str, Form] = {
+    "torch_dist": Form({"keys": "dist"}),
+    "legacy": Form(
+        {"keys": "state_dict", "decoder": "per_layer"},
+        released=(
+            ((0, 0), {"inner": "transformer_layer", "conv": "conv1d."}),
+            ((0, 17), {"inner": "mtp_model_layer"}),
+            ((0, 19), {"conv": "conv1d_"}),
+        ),
+    ),
+}
+
+
 def megatron_words(*names: str, **first: str) -> dict[str, tuple[str, ...]]:
     """The choices of a family: `names` of `MEGATRON_WORDS`, some with another released spelling."""
-    chosen = {name: MEGATRON_WORDS[name] for name in names}
+    chosen = {name: MEGATRON_WORDS[name] for name in (*ALWAYS, *names)}
     for name, spelling in first.items():
         chosen[name] = (spelling, *(s for s in MEGATRON_WORDS[name] if s != spelling))
     return chosen
@@ -39,6 +65,18 @@ def with_hf(block: Block, *rows: Row, native: tuple[Row, ...] | None = None) -> 
 def te(*modules: str, over: tuple[str, ...] = ()) -> tuple[Extra, ...]:
     """The `_extra_state` objects of TransformerEngine modules."""
     return tuple(Extra(f"{m}._extra_state", over) for m in modules)
+
+
+def norm_rows(before: str, last: str, *, behind: bool) -> tuple[Row, ...]:
+    """The norm of a block, which is named `before` in front of it, and belongs to its `last` linear behind it."""
+    if not behind:
+        return (rule(before, "norm"),)
+    return (rule(f"{last}.post_layernorm.weight", "norm"), *te(f"{last}.post_layernorm"))
+
+
+def te_attention(*modules: str) -> tuple[Row, ...]:
+    """The same of attention cores, which torch_dist leaves out."""
+    return only(*te(*modules), keys="state_dict")
 
 
 def renamed(*names: tuple[str, str], dtype: str = "") -> tuple[Row, ...]:

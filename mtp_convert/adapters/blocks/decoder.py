@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mtp_convert.adapters.blocks.base import te
-from mtp_convert.mapping.rules import Block, Copy, Param, Placed, Row, rule
+from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, only, rule
 
 Layer = Mapping[str, Block]
 
@@ -44,9 +44,14 @@ MEGATRON = HfPrefixes(
 
 
 def places(
-    ends: Block, layers: Sequence[Layer], depth: Depth | None, *, depths: int, hf: HfPrefixes
+    ends: Block, layers: Sequence[Layer], depth: Depth | Sequence[Depth] | None, *, depths: int, hf: HfPrefixes
 ) -> Iterator[Placed]:
-    """Every block of the model with its prefix in each layout; all MTP depths are alike."""
+    """Every block of the model with its prefix in each layout.
+
+    Args:
+        depth: what every MTP depth is, or what the first ones are; those behind are like the last of them.
+    """
+    kinds = [depth] if isinstance(depth, Depth) else list(depth or ())
 
     def prefixes(part: str) -> dict[str, str]:
         every = {"hf": hf, "native": NATIVE, "megatron": MEGATRON}
@@ -56,13 +61,13 @@ def places(
     for i, layer in enumerate(layers):
         for role, block in layer.items():
             yield Placed(block, f"layers.{{i}}.{role}.", prefixes("layer"), {"i": i}, stack="i")
-    for k in range(depths if depth else 0):
-        assert depth is not None
+    for k in range(depths if kinds else 0):
+        kind = kinds[min(k, len(kinds) - 1)]
         at = {"k": k, "n": len(layers) + k}
-        yield Placed(depth.fusion, "mtp.{k}.", prefixes("fusion"), at)
-        for role, block in depth.layer.items():
+        yield Placed(kind.fusion, "mtp.{k}.", prefixes("fusion"), at)
+        for role, block in kind.layer.items():
             yield Placed(block, f"mtp.{{k}}.{role}.", prefixes("inner"), at)
-        yield Placed(depth.final, "mtp.{k}.", prefixes("final"), at)
+        yield Placed(kind.final, "mtp.{k}.", prefixes("final"), at)
 
 
 def ends(
@@ -75,7 +80,7 @@ def ends(
     head: str = "lm_head.weight",
 ) -> Block:
     """Embedding [V, H], final norm [H] and output head [V, H]; the names are the Hugging Face ones."""
-    params = [Param("embedding", (V, H), vocab=True), Param("final_norm", (H,))]
+    params = [Param("embedding", (V, H), vocab=True, cut=0), Param("final_norm", (H,))]
     names = {
         "hf": (embedding, norm, head),
         "native": ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
@@ -90,8 +95,9 @@ def ends(
         own = Copy(output, "embedding") if tied else rule(output, "head")
         rows[layout] = (rule(first, "embedding"), rule(last, "final_norm"), own)
     rows["megatron"] += te("decoder.{final_norm}")
+    rows["megatron"] += only(Extra("output_layer._extra_state", none=True), keys="state_dict")
     if not tied:
-        params.append(Param("head", (V, H), vocab=True))
+        params.append(Param("head", (V, H), vocab=True, cut=0))
     return Block(tuple(params), rows)
 
 

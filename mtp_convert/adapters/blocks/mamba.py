@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mtp_convert.adapters.blocks.base import te
 from mtp_convert.mapping.ops import Concat
-from mtp_convert.mapping.rules import Block, Param, Row, rule
+from mtp_convert.mapping.rules import Block, Param, Row, only, rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +30,28 @@ def mamba(d: Mamba) -> Block:
     proj = {"z": C, **conv, "dt": d.N}
     params = (
         Param("norm", (d.H,)),
-        *(Param(f"in_proj.{p}", (n, d.H)) for p, n in proj.items()),
-        *(Param(f"conv.{p}", (n, 1, d.W)) for p, n in conv.items()),
-        *(Param(f"conv_bias.{p}", (n,)) for p, n in conv.items()),
-        Param("A_log", (d.N,), high_precision=True),
-        Param("D", (d.N,), high_precision=True),
-        Param("dt_bias", (d.N,), high_precision=True),
-        Param("gate_norm", (C,)),
-        Param("out", (d.H, C)),
+        *(Param(f"in_proj.{p}", (n, d.H), cut=0) for p, n in proj.items()),
+        *(Param(f"conv.{p}", (n, 1, d.W), cut=0) for p, n in conv.items()),
+        *(Param(f"conv_bias.{p}", (n,), cut=0) for p, n in conv.items()),
+        *(Param(p, (d.N,), high_precision=True, cut=0) for p in ("A_log", "D", "dt_bias")),
+        Param("gate_norm", (C,), cut=0),
+        Param("out", (d.H, C), cut=1),
     )
-    rows: tuple[Row, ...] = (
-        rule("{mamba_norm}", "norm"),
+    apart = (
         *(rule(f"mixer.in_proj.weight.{p}", f"in_proj.{p}") for p in proj),
         *(rule(f"mixer.conv1d.weight.{p}", f"conv.{p}") for p in conv),
         *(rule(f"mixer.conv1d.bias.{p}", f"conv_bias.{p}") for p in conv),
-        rule("mixer.A_log", "A_log"),
-        rule("mixer.D", "D"),
-        rule("mixer.dt_bias", "dt_bias"),
+    )
+    fused = (
+        rule("mixer.in_proj.weight", *(f"in_proj.{p}" for p in proj), op=Concat(0)),
+        rule("mixer.{conv}weight", *(f"conv.{p}" for p in conv), op=Concat(0)),
+        rule("mixer.{conv}bias", *(f"conv_bias.{p}" for p in conv), op=Concat(0)),
+    )
+    rows: tuple[Row, ...] = (
+        rule("{mamba_norm}", "norm"),
+        *only(*apart, keys="dist"),
+        *only(*fused, keys="state_dict"),
+        *(rule(f"mixer.{p}", p) for p in ("A_log", "D", "dt_bias")),
         rule("mixer.norm.weight", "gate_norm"),
         rule("mixer.out_proj.weight", "out"),
         *te("mixer.in_proj", "mixer.out_proj"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtp_convert.adapters.blocks.base import renamed, te, with_hf
+from mtp_convert.adapters.blocks.base import renamed, te, te_attention, with_hf
 from mtp_convert.mapping.family import ConfigError
 from mtp_convert.mapping.rules import Block, Param, Row
 
@@ -46,8 +46,8 @@ def mla(d: Mla) -> Block:
         Param("norm", (d.H,)),
         Param("kv_a", (d.B + d.R, d.H)),
         Param("kv_a_norm", (d.B,)),
-        Param("kv_b", (d.Q * (d.N + d.V), d.B)),
-        Param("o", (d.H, d.Q * d.V)),
+        Param("kv_b", (d.Q * (d.N + d.V), d.B), cut=0),
+        Param("o", (d.H, d.Q * d.V), cut=1),
     ]
     names = [
         ("input_layernorm.weight", "norm"),
@@ -58,18 +58,18 @@ def mla(d: Mla) -> Block:
     ]
     modules = ["input_layernorm", f"{s}.linear_kv_down_proj", f"{s}.linear_kv_up_proj", f"{s}.linear_proj"]
     if d.A is None:
-        params.append(Param("q", (queries, d.H)))
+        params.append(Param("q", (queries, d.H), cut=0))
         names.append((f"{s}.linear_q_proj.weight", "q"))
         modules.append(f"{s}.linear_q_proj")
     else:
-        params += [Param("q_a", (d.A, d.H)), Param("q_a_norm", (d.A,)), Param("q_b", (queries, d.A))]
+        params += [Param("q_a", (d.A, d.H)), Param("q_a_norm", (d.A,)), Param("q_b", (queries, d.A), cut=0)]
         names += [
             (f"{s}.linear_q_down_proj.weight", "q_a"),
             (f"{s}.{{q_norm}}", "q_a_norm"),
             (f"{s}.linear_q_up_proj.weight", "q_b"),
         ]
         modules += [f"{s}.linear_q_down_proj", f"{s}.linear_q_up_proj"]
-    rows: list[Row] = [*renamed(*names), *te(*modules)]
+    rows: list[Row] = [*renamed(*names), *te(*modules), *te_attention(f"{s}.core_attention")]
     if d.indexer is not None:
         more, found = _indexer(d, d.indexer)
         params, rows = [*params, *more], [*rows, *found]

@@ -1,4 +1,4 @@
-"""Dense MLP with its pre-norm, gated or not, in Megatron's names and in Llama's.
+"""Dense MLP with its norm, gated or not, in Megatron's names and in Llama's.
 
 H hidden   F inner size
 """
@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtp_convert.adapters.blocks.base import te, with_hf
+from mtp_convert.adapters.blocks.base import norm_rows, te, with_hf
 from mtp_convert.mapping.ops import Concat
 from mtp_convert.mapping.rules import Block, Param, Row, rule
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """Sizes of an MLP block; `gated`: down(act(gate(x)) * up(x)) instead of down(act(up(x)))."""
+    """Sizes of an MLP block; `gated`: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
+
+    post_norm: the norm is behind the second matrix instead of in front of the first, as in attention.
+    """
 
     H: int
     F: int
     bias: bool = False
     gated: bool = False
+    post_norm: bool = False
 
     @property
     def first(self) -> tuple[str, ...]:
@@ -29,15 +33,15 @@ class Mlp:
 
 def mlp(d: Mlp) -> Block:
     """Megatron's linear_fc1 holds the gate above the up projection."""
-    params = [Param("norm", (d.H,)), *(Param(p, (d.F, d.H)) for p in d.first), Param("down", (d.H, d.F))]
+    params = [Param("norm", (d.H,)), *(Param(p, (d.F, d.H), cut=0) for p in d.first), Param("down", (d.H, d.F), cut=1)]
     rows: list[Row] = [
-        rule("{mlp_norm}", "norm"),
+        *norm_rows("{mlp_norm}", "mlp.linear_fc2", behind=d.post_norm),
         rule("mlp.linear_fc1.weight", *d.first, op=Concat(0)),
         rule("mlp.linear_fc2.weight", "down"),
         *te("mlp.linear_fc1", "mlp.linear_fc2"),
     ]
     if d.bias:
-        params += [*(Param(f"{p}_bias", (d.F,)) for p in d.first), Param("down_bias", (d.H,))]
+        params += [*(Param(f"{p}_bias", (d.F,), cut=0) for p in d.first), Param("down_bias", (d.H,))]
         rows += [
             rule("mlp.linear_fc1.bias", *(f"{p}_bias" for p in d.first), op=Concat(0)),
             rule("mlp.linear_fc2.bias", "down_bias"),

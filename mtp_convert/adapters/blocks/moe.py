@@ -17,6 +17,7 @@ class Moe:
     """Sizes of a mixture of experts; S is 0 without a shared expert, `latent` None when experts see the hidden size.
 
     router_bias: a bias added to the scores for the choice alone. shared_gate: the shared expert has a sigmoid gate.
+    scored: shared experts that the router scores, behind the others.
     """
 
     H: int
@@ -27,6 +28,7 @@ class Moe:
     gated: bool = False
     router_bias: bool = True
     shared_gate: bool = False
+    scored: int = 0
 
     @property
     def first(self) -> tuple[str, ...]:
@@ -35,22 +37,19 @@ class Moe:
 
 
 def moe(d: Moe) -> Block:
-    """torch_dist stacks the experts; the numbers of one expert are as in a dense MLP."""
+    """The numbers of one expert are as in a dense MLP."""
     L = d.latent or d.H
     params = [
         Param("norm", (d.H,)),
-        Param("router", (d.E, d.H)),
-        *(Param(f"experts.{{e}}.{p}", (d.I, L)) for p in d.first),
-        Param("experts.{e}.down", (L, d.I)),
+        Param("router", (d.E + d.scored, d.H)),
+        *(Param(f"experts.{{e}}.{p}", (d.I, L), cut=0) for p in d.first),
+        Param("experts.{e}.down", (L, d.I), cut=1),
     ]
-    fc1, fc2 = "mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2"
     rows: list[Row] = [
         rule("{moe_norm}", "norm"),
         rule("mlp.router.weight", "router"),
-        rule(f"{fc1}.weight", *(f"experts.{{e}}.{p}" for p in d.first), op=Concat(0), over=("e",)),
-        rule(f"{fc2}.weight", "experts.{e}.down", over=("e",)),
         *te("pre_mlp_layernorm"),
-        *te(fc1, fc2, over=("e",)),
+        *_experts(d),
     ]
     if d.router_bias:
         params.append(Param("router_bias", (d.E,), high_precision=True))
@@ -61,11 +60,33 @@ def moe(d: Moe) -> Block:
     return Block(tuple(params), {"megatron": tuple(rows)}, {"e": range(d.E)})
 
 
+def _experts(d: Moe) -> tuple[Row, ...]:
+    """Stacked in torch_dist; a grouped layer numbers its weights, and a list of experts its modules."""
+    first = tuple(f"experts.{{e}}.{p}" for p in d.first)
+
+    def fc(name: str, suffix: str = "", over: tuple[str, ...] = ()) -> tuple[Row, ...]:
+        fc1, fc2 = (f"mlp.experts.{name}linear_fc{n}" for n in (1, 2))
+        return (
+            rule(f"{fc1}.weight{suffix}", *first, op=Concat(0), over=over),
+            rule(f"{fc2}.weight{suffix}", "experts.{e}.down", over=over),
+            *te(fc1, fc2, over=over),
+        )
+
+    return (
+        *only(*fc("experts.", over=("e",)), keys="dist"),
+        *only(*fc("", "{e}"), keys="state_dict", experts="grouped"),
+        *only(*fc("local_experts.{e}."), keys="state_dict", experts="sequential"),
+    )
+
+
 def _shared(d: Moe) -> tuple[list[Param], list[Row]]:
     if not d.S:
         return [], []
     module = "mlp.shared_experts"
-    params = [*(Param(f"shared.{p}", (d.S, d.H)) for p in d.first), Param("shared.down", (d.H, d.S))]
+    params = [
+        *(Param(f"shared.{p}", (d.S, d.H), cut=0) for p in d.first),
+        Param("shared.down", (d.H, d.S), cut=1),
+    ]
     rows: list[Row] = [
         rule(f"{module}.linear_fc1.weight", *(f"shared.{p}" for p in d.first), op=Concat(0)),
         rule(f"{module}.linear_fc2.weight", "shared.down"),
@@ -98,11 +119,12 @@ def llama_moe(
     bias: str = "gate.e_score_correction_bias",
     shared: str = "shared_experts",
     split: bool = True,
+    word: str = "experts",
 ) -> Block:
     """Gated experts with the Hugging Face names of DeepSeek and Qwen.
 
-    `split`: released one by one (the layout has a word `experts` that may also say "stacked", for releases that store
-    what transformers holds in memory); the native tree always stacks them.
+    `split`: released one by one (the layout has a word, named by `word`, that says "split" or "stacked", for releases
+    that store what transformers holds in memory); the native tree always stacks them.
     """
     rows: list[Row] = [rule(f"{norm}.weight", "norm"), rule(f"{module}.{router}.weight", "router")]
     if d.router_bias:
@@ -117,5 +139,5 @@ def llama_moe(
         rule(f"{module}.experts.{'_'.join(d.first)}_proj", *first, op=Concat(0), over=("e",)),
         rule(f"{module}.experts.down_proj", "experts.{e}.down", over=("e",)),
     ]
-    either = (*only(*single, experts="split"), *only(*stacked, experts="stacked")) if split else tuple(stacked)
+    either = (*only(*single, **{word: "split"}), *only(*stacked, **{word: "stacked"})) if split else tuple(stacked)
     return with_hf(moe(d), *rows, *either, native=(*rows, *stacked))

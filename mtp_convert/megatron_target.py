@@ -1,0 +1,104 @@
+"""What a conversion to Megatron decides beyond the layout: spelling, padding, copies, arguments, and the container."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mtp_convert import provenance, sidecar
+from mtp_convert.checkpoint import Checkpoint
+from mtp_convert.engine.ranks import legacy_output
+from mtp_convert.engine.sinks import Output, OutTensor, torch_dist_output
+from mtp_convert.errors import ConvertError, Problem
+from mtp_convert.mapping.family import Form
+from mtp_convert.mapping.layout import Layout
+from mtp_convert.options import Options
+from mtp_convert.parallel import Placement, place
+from mtp_convert.sharding import deal
+
+FORMATS = {"torch_dist": "torch_dist", "legacy": "torch"}  # container -> Megatron-LM's --ckpt-format
+
+
+@dataclass(frozen=True)
+class MegatronTarget:
+    """A Megatron checkpoint to be: family arguments (without sizes), and where the model will lie."""
+
+    source: Checkpoint
+    options: Options
+    args: Mapping[str, Any]
+    placement: Placement
+
+    @property
+    def legacy(self) -> bool:
+        """Whether every rank gets a file of its own."""
+        return self.options.container == "legacy"
+
+    def padded(self, target: Layout) -> dict[str, int]:
+        """Rows of vocabulary tensors: what is asked for, or what the weights had there before.
+
+        Ranks of a legacy checkpoint have equal shares.
+        """
+        asked, tensor = self.options.padding, self.placement.sizes.tensor
+        noted = provenance.padded(self.source, target) if asked == 1 else {}
+        if asked == 1 and not self.legacy:
+            return noted
+        vocab = {n: noted.get(n, b.shape[0]) for n, b in target.bindings.items() if b.vocab}
+        multiple = asked * tensor
+        return {n: -(-rows // multiple) * multiple for n, rows in vocab.items()}
+
+    def copies(self, target: Layout) -> frozenset[str]:
+        """A tied output layer: where a later stage needs one; in torch_dist where it was stored before."""
+        if self.legacy:
+            return deal.copies(target, self.placement.chunks)
+        if self.source.stored.container == "legacy":
+            return frozenset()
+        return provenance.copies(self.source, target)
+
+    def arguments(self, rows: int) -> dict[str, Any]:
+        """The training arguments, with the parallel sizes and the vocabulary `rows` that are written."""
+        found = {**self.args, **self.placement.arguments(self.args)}
+        found["ckpt_format"] = FORMATS[self.options.container]
+        found["padded_vocab_size"] = rows or found["vocab_size"]
+        if self.options.padding > 1:
+            found["make_vocab_size_divisible_by"] = self.options.padding
+        return found
+
+    def output(self, tensors: Sequence[OutTensor], target: Layout, args: Mapping[str, Any]) -> Output:
+        """The files with tensors."""
+        source, folder = self.source.stored.tensors, sidecar.RELEASE
+        if not self.legacy:
+            limit = self.options.max_shard_size
+            return torch_dist_output(tensors, source, folder=folder, objects=target.objects, max_file_size=limit)
+        shapes = {t.name: t.shape for t in tensors}
+        contents = deal.deal(target, shapes, self.placement.chunks, self.placement.sizes)
+        common = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 0}
+        return legacy_output(contents, tensors, source, folder=folder, common=common)
+
+
+def megatron_target(source: Checkpoint, options: Options, *, steps: int, repeated: bool) -> MegatronTarget:
+    """Check the sizes against the model.
+
+    Raises:
+        ConvertError: MTP001 for sizes or a container that make no sense here, MTP028 when the family has no such form.
+    """
+    if options.container not in FORMATS:
+        raise ConvertError("MTP001", Problem("--container", got=options.container, expected=", ".join(FORMATS)))
+    if options.container == "legacy" and "legacy" not in source.family.forms:
+        raise ConvertError("MTP028", Problem(f"{source.family.name} has no legacy names"))
+    config = {**source.model_config, "tie_word_embeddings": source.dims.tied}
+    args = source.family.megatron_args(config, steps, repeated)
+    return MegatronTarget(source, options, args, place(args, options))
+
+
+def megatron_words(source: Checkpoint, options: Options) -> dict[str, str]:
+    """The spelling: what the weights had in Megatron before, except where the container or its releases decide."""
+    forms, choices = source.family.forms, source.family.choices["megatron"]
+    form = forms.get(options.container, Form())
+    released = {w: s for w, s in form.words(options.version).items() if w in choices}
+    carried = dict(provenance.words(source, "megatron"))
+    if carried.get("keys") != released.get("keys"):
+        decided = {w for f in forms.values() for w in f.words(options.version)}
+        carried = {w: s for w, s in carried.items() if w not in decided}
+    return {**released, **carried, **source.family.fixed("megatron", options.container), **options.words}

@@ -1,0 +1,82 @@
+"""A GPTModel as the training arguments of a checkpoint describe it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron_cpu import empty_module
+from torch import Tensor, nn
+
+# Arguments that megatron-core's TransformerConfig has under the same name.
+SAME = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
+    "qk_layernorm add_qkv_bias add_bias_linear attention_output_gate hidden_dropout attention_dropout mtp_num_layers "
+    "experimental_attention_variant linear_attention_freq linear_conv_kernel_dim linear_num_key_heads "
+    "linear_num_value_heads linear_key_head_dim linear_value_head_dim moe_layer_freq moe_ffn_hidden_size "
+    "moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk moe_router_score_function "
+    "moe_router_pre_softmax moe_router_enable_expert_bias moe_router_topk_scaling_factor moe_router_dtype "
+    "moe_router_load_balancing_type moe_grouped_gemm window_attn_skip_freq"
+).split()
+CPU = {
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "use_cpu_initialization": True,
+    "deterministic_mode": True,  # the delta rule in plain torch
+}
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """`fla.modules.l2norm.l2norm`."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def install_delta_rule() -> None:
+    """The package that gated delta nets import; in deterministic mode only its norm is called."""
+    for name in ("fla", "fla.modules", "fla.ops"):
+        empty_module(name)
+    empty_module("fla.modules.convolution").causal_conv1d = None
+    empty_module("fla.modules.l2norm").l2norm = l2norm
+    empty_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule = None
+
+
+def settings(args: dict[str, Any]) -> dict[str, Any]:
+    """Fields of TransformerConfig."""
+    found = {name: args[name] for name in SAME if args.get(name) is not None}
+    found |= {"layernorm_epsilon": args["norm_epsilon"], "gated_linear_unit": args["swiglu"], "activation_func": F.silu}
+    found |= {"layernorm_zero_centered_gamma": bool(args.get("apply_layernorm_1p"))}
+    if args.get("num_experts"):
+        found |= {"num_moe_experts": args["num_experts"], "moe_token_dispatcher_type": "allgather"}
+    if args.get("window_size"):
+        found["window_size"] = tuple(args["window_size"])
+    return found | CPU
+
+
+def build(given: Namespace) -> nn.Module:
+    """The model, in float32."""
+    from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    args = vars(given)
+    config = TransformerConfig(**settings(args))
+    if config.experimental_attention_variant:
+        layers = variants.get_transformer_block_with_experimental_attention_variant_spec(config)
+    else:
+        layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    return GPTModel(
+        config,
+        layers,
+        mtp_block_spec=get_gpt_mtp_block_spec(config, layers, use_transformer_engine=True),
+        vocab_size=args["vocab_size"],
+        max_sequence_length=args["max_position_embeddings"],
+        parallel_output=False,
+        share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
+        position_embedding_type=args["position_embedding_type"],
+        rotary_base=args["rotary_base"],
+        rotary_percent=args["rotary_percent"],
+    )

@@ -14,7 +14,11 @@ from mtp_convert import cli_run
 
 Group = Mapping[str, tuple[Any, Any]]  # parameter -> its type with the option, and its default
 
-INPUT: Group = {"hf_config": (o.HfConfig, None), "allow_unmapped": (o.AllowUnmapped, False)}
+INPUT: Group = {
+    "hf_config": (o.HfConfig, None),
+    "allow_unmapped": (o.AllowUnmapped, False),
+    "copies": (o.Copies, "compare"),
+}
 OUTPUT: Group = {
     "dtype": (o.DtypeOption, "auto"),
     "max_shard_size": (o.Shard, ""),

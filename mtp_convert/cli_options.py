@@ -193,6 +193,15 @@ DryRun = Annotated[bool, option("--dry-run", help="Only show the plan.", panel="
 Scratch = Annotated[
     Path | None, option("--scratch", help="Folder for the temporary files.", panel="Check", env="SCRATCH")
 ]
+Copies = Annotated[
+    Literal["compare", "use-main"],
+    option(
+        "--copies",
+        help="Stored copies (tied weights, embeddings of MTP layers) that differ: refuse, or go by the main tensor.",
+        panel="Input",
+        env="COPIES",
+    ),
+]
 FamilyOption = Annotated[str, option("--family", help="Look in this family only.", panel="Input", env="FAMILY")]
 NewDepths = Annotated[int, option("--depths", help="MTP depths to make.", panel="Output", env="DEPTHS", least=1)]
 Ends = Annotated[

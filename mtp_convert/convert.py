@@ -12,10 +12,9 @@ from typing import Any
 from mtp_convert import provenance, sidecar
 from mtp_convert.before import travelling
 from mtp_convert.checkpoint import Checkpoint
+from mtp_convert.copies import check_copies
 from mtp_convert.depths import folding
 from mtp_convert.encodings.dtype import BY_NAME, CAST_TARGETS, FLOATS, DType
-from mtp_convert.engine.compare import StoredExtent, compare
-from mtp_convert.engine.gather import Reader
 from mtp_convert.engine.runner import Progress, Written, write_files
 from mtp_convert.engine.sinks import Output, OutTensor, safetensors_output
 from mtp_convert.engine.stage import staged
@@ -84,12 +83,12 @@ def prepare(source: Checkpoint, options: Options) -> Job:
         ConvertError: exit code 4 when the source cannot be expressed in the target.
     """
     family = source.family
-    check_copies(source)
+    notes = check_copies(source, use_main=options.copies == "use-main")
     physical = source.dims.depths if options.depths is None else options.depths
     steps, repeated = _steps(source, options, physical)
     _supported(source, options, physical)
     dims = with_depths(source.dims, physical)
-    alias, notes = folding(source, physical, options.force_fold)
+    alias, folded = folding(source, physical, options.force_fold)
     goal = None
     if options.to == "megatron":
         goal = megatron_target(source, options, steps=steps, repeated=repeated)
@@ -111,7 +110,7 @@ def prepare(source: Checkpoint, options: Options) -> Job:
         small = sidecar.safetensors_small(source, options, physical, recoded.said)
     kept, kept_small = travelling(source, options.to, options.max_shard_size)
     output = replace(output, files=(*output.files, *kept))
-    notes = source.notes + notes + _unpadded(source, target) + recoded.notes
+    notes = source.notes + notes + folded + _unpadded(source, target) + recoded.notes
     small = {**small, **kept_small, **output.small}
     return Job(source, options, plan, tuple(tensors), output, small, recoded, physical, steps, repeated, notes)
 
@@ -185,34 +184,6 @@ def run(job: Job, target: Path, *, progress: Progress | None = None) -> Result:
         job.notes,
         files,
     )
-
-
-def check_copies(source: Checkpoint) -> None:
-    """Stored copies must equal the tensors they copy, and so must what several ranks repeat, byte for byte.
-
-    Raises:
-        ConvertError: MTP026 for copies, MTP016 for ranks, with the size of every difference.
-    """
-    reader = Reader()
-    problems, disagreeing = [], []
-    try:
-        for own, again in source.stored.replicas:
-            if (d := compare(StoredExtent(own), StoredExtent(again), reader)) is not None:
-                disagreeing.append(Problem(f"{again.name} is not {own.name}: {d.text()}"))
-        for name in sorted(source.copies):
-            own = source.tensor(source.layout.home[source.layout.copies[name]][0].tensor)
-            if (d := compare(StoredExtent(source.tensor(name)), StoredExtent(own), reader)) is not None:
-                problems.append(Problem(f"{name} is not the copy of {own.name} that the config says: {d.text()}"))
-    finally:
-        reader.close()
-    if disagreeing:
-        raise ConvertError("MTP016", disagreeing)
-    if problems:
-        raise ConvertError(
-            "MTP026",
-            problems,
-            hint="if the model has its own output head, set tie_word_embeddings to false",
-        )
 
 
 def _steps(source: Checkpoint, options: Options, physical: int) -> tuple[int, bool]:

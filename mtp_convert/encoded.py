@@ -12,13 +12,13 @@ activations and caches belong to no weight; they are listed with the tensor they
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from mtp_convert.containers.base import Encoded, Shape, Stored, StoredTensor
-from mtp_convert.encodings.dtype import BY_NAME
+from mtp_convert.encodings.dtype import BY_NAME, FLOATS
 from mtp_convert.encodings.minifloat import E2M1, E4M3
 from mtp_convert.encodings.scheme import Scheme
 from mtp_convert.errors import ConvertError, Problem
@@ -38,6 +38,7 @@ BESIDE = (
     *("activation_scale", "q_scale", "k_scale", "v_scale", "kv_scale"),
 )
 BESIDE_PARENT = ("q_scale", "k_scale", "v_scale", "kv_scale", "prob_output_scale")
+ENDINGS = (*OF_BLOCKS, *OF_WHOLE, ".scale", PACKED)
 OPEN_FP8: tuple[Block, ...] = ((0, 0), (1, 0), (128, 128), (1, 128), (1, 32))  # where the config says nothing
 
 
@@ -51,13 +52,18 @@ def of_blocks(weight: str) -> tuple[str, ...]:
     return (*(weight + s for s in OF_BLOCKS), *((stem(weight) + "scale",) if stem(weight) != weight else ()))
 
 
-def beside(weight: str) -> Iterator[str]:
-    """The names that scales of activations and caches may have beside a weight."""
-    own = stem(weight)
-    if own != weight:
-        yield from (own + name for name in BESIDE)
-        parent = own[:-1].rpartition(".")[0]
-        yield from (f"{parent}.{name}" for name in BESIDE_PARENT if parent)
+def _beside(names: Collection[str]) -> dict[str, str]:
+    """The scales of activations and caches, each with the weight that it stands beside."""
+    ends = {n.rpartition(".")[2] for n in names}
+    here, above = [n for n in BESIDE if n in ends], [n for n in BESIDE_PARENT if n in ends]
+    found: dict[str, str] = {}
+    for weight in (n.removesuffix(PACKED) for n in names if here or above):
+        own = stem(weight)
+        if own != weight:
+            parent = own[:-1].rpartition(".")[0]
+            possible = (*(own + n for n in here), *(f"{parent}.{n}" for n in above))
+            found |= {n: weight for n in possible if n in names}
+    return found
 
 
 def renamed(raw: str, weight: str, other: str) -> str:
@@ -104,6 +110,7 @@ class _Raw:
     tensors: Mapping[str, StoredTensor]
     said: Quantization
     chunks: int
+    schemes: dict[tuple[object, ...], Scheme] = field(default_factory=dict)  # by types and shapes, which repeat
 
 
 def grouped(stored: Stored, said: Quantization, config: Mapping[str, Any]) -> Stored:
@@ -115,17 +122,17 @@ def grouped(stored: Stored, said: Quantization, config: Mapping[str, Any]) -> St
     Raises:
         ConvertError: MTP031, with everything that does not fit together.
     """
-    names = stored.tensors.keys()
-    ends = {n.rpartition(".")[2] for n in names}
-    some_beside = not ends.isdisjoint((*BESIDE, *BESIDE_PARENT))
-    weights = (n.removesuffix(PACKED) for n in names if some_beside)
-    loose = {b: w for w in weights for b in beside(w) if b in names}
-    if not said.known and any(t.dtype.name in CODES or n.endswith(PACKED) for n, t in stored.tensors.items()):
+    if not said.known and any(t.dtype.name not in FLOATS and len(t.shape) > 1 for t in stored.tensors.values()):
         problem = Problem("quant_method", said.where, repr(said.method), "fp8, modelopt or compressed-tensors")
         raise ConvertError("MTP031", problem, hint="convert a checkpoint in another precision")
+    names = stored.tensors.keys()
+    loose = _beside(names)
+    if not loose and not any(t.dtype.name in CODES or n.endswith(ENDINGS) for n, t in stored.tensors.items()):
+        return replace(stored, warnings=(*stored.warnings, *_not_so(said)))
     heads = config.get("num_key_value_heads")
     raw = _Raw(stored.tensors, said, heads if isinstance(heads, int) and heads > 1 else 1)
-    sides = {s for n in names for s in _sides(n.removesuffix(PACKED)) if s in names}
+    owners = (n.removesuffix(PACKED) for n in names if not n.endswith(ENDINGS[:-1]))
+    sides = {s for w in owners for s in _sides(w) if s in names}
     found: dict[str, StoredTensor] = {}
     problems: list[Problem] = []
     for name, tensor in stored.tensors.items():
@@ -215,7 +222,10 @@ def _logical(raw: _Raw, weight: str, codes: StoredTensor) -> StoredTensor:
     if not scales:
         expected = " or ".join(n.rpartition(".")[2] for n in of_blocks(weight))
         raise _Unusable(f"{weight} holds codes and has no scale beside it", where, str(codes.dtype), expected)
-    scheme = _scheme(raw, weight, codes, scales[0], whole[0] if whole else None)
+    key = tuple((t.dtype, t.shape) for t in (codes, *scales, *whole)) + tuple(t.name[len(weight) :] for t in whole)
+    scheme = raw.schemes.get(key)
+    if scheme is None:
+        scheme = raw.schemes[key] = _scheme(raw, weight, codes, scales[0], whole[0] if whole else None)
     return _tensor(weight, codes, Encoded(scheme, codes, scales[0], whole[0] if whole else None))
 
 

@@ -31,6 +31,7 @@ class Options:
     format of a Megatron target, torch_dist or legacy. parallel: sizes by name (tensor, pipeline, expert,
     expert_tensor, virtual), and the decoder layers of the `first` and `last` stage; pipeline_layout: Megatron's string
     for any other division. part: the params that are written, all (empty) or a key of `parts.PARTS`.
+    copies: what happens to stored copies that differ from their main tensor (`copies.POLICIES`).
     """
 
     to: str
@@ -47,6 +48,7 @@ class Options:
     pipeline_layout: str = ""
     container: str = "torch_dist"
     part: str = ""
+    copies: str = "compare"
     variant: str = ""
     words: Mapping[str, str] = field(default_factory=dict)
     threads: int | None = None

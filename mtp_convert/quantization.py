@@ -49,14 +49,23 @@ class Quantization:
     def ignores(self, module: str) -> bool:
         """Whether an ignore list names a module, or a module that contains it."""
         parts = module.split(".")
-        within = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-        ends = (".".join(parts[i:]) for i in range(len(parts)))
-        names, globs, expressions = self._patterns
-        return (
-            any(n in names for n in (*within, *ends))
-            or any(globs.fullmatch(n) for n in within)
-            or any(e.match(module) for e in expressions)
-        )
+        names, _, expressions = self._patterns
+        ends = (".".join(parts[i:]) for i in range(1, len(parts)))
+        return self._inside(module) or any(n in names for n in ends) or any(e.match(module) for e in expressions)
+
+    def _inside(self, module: str) -> bool:
+        """Whether a name or a glob covers a module; what contains many modules is looked at once."""
+        found = self._seen.get(module)
+        if found is None:
+            names, globs, _ = self._patterns
+            parent = module.rpartition(".")[0]
+            found = module in names or bool(globs.fullmatch(module)) or (bool(parent) and self._inside(parent))
+            self._seen[module] = found
+        return found
+
+    @cached_property
+    def _seen(self) -> dict[str, bool]:
+        return {}
 
     @cached_property
     def _patterns(self) -> tuple[frozenset[str], re.Pattern[str], tuple[re.Pattern[str], ...]]:

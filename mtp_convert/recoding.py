@@ -14,7 +14,7 @@ from mtp_convert import quantization
 from mtp_convert.before import Before, before
 from mtp_convert.checkpoint import Checkpoint
 from mtp_convert.containers.base import Encoded, Shape, StoredTensor
-from mtp_convert.encoded import called, encoded_as, stem
+from mtp_convert.encoded import called, count_encodings, encoded_as, stem
 from mtp_convert.encodings.dtype import BY_NAME, FLOATS, DType
 from mtp_convert.encodings.minifloat import E2M1, E4M3
 from mtp_convert.encodings.scheme import Scheme
@@ -99,7 +99,8 @@ def recoding(source: Checkpoint, plan: Plan, options: Options) -> Recoding:
                 Problem(f"--encoding for a {options.to} target", got=options.encoding, expected="auto or bf16"),
                 hint="this layout holds high precision; scales travel along, so that going back can restore them",
             )
-        return Recoding(as_it_is if options.to == "megatron" else _plain(source))
+        said = as_it_is if options.to == "megatron" else _plain(source)  # below hf/ the config is a keepsake
+        return Recoding(said, notes=_decoded_note(source))
     here = source.layout.name == CARRIED
     coded = any(t.encoding is not None for t in source.stored.tensors.values())
     if options.encoding == "auto" and here and coded and options.dtype == "auto":
@@ -121,6 +122,14 @@ def _quant_file(source: Checkpoint) -> Path | None:
 
 def _plain(source: Checkpoint) -> Said:
     return Said(quantization.without(source.config, source.section), source.config, source.config_path, None)
+
+
+def _decoded_note(source: Checkpoint) -> tuple[str, ...]:
+    kinds = count_encodings(t.encoding for t in source.stored.tensors.values())
+    if not kinds:
+        return ()
+    text = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
+    return (f"weights decoded: {text}; on the way back --encoding source gives the same bytes",)
 
 
 def _plain_notes(source: Checkpoint, options: Options, coded: bool) -> tuple[str, ...]:

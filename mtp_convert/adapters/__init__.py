@@ -20,11 +20,16 @@ MODULES: tuple[str, ...] = (
     "mellum",
     "exaone_moe",
     "exaone4_5",
+    "qwen4_exp",
     "mimo",
     "mimo_v2_flash",
     "step3p5",
     "ernie4_5_moe",
     "inkling",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "longcat_flash",
 )
 # Multi-modal wrappers keep the language model's config in one of these fields.
 NESTED = ("text_config", "llm_config", "language_config")

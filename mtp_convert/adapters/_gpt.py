@@ -20,8 +20,10 @@ SPARSE = {"sparse": True, "dense": False}
 KEPT_BIAS = "The router bias keeps its stored dtype under --dtype."
 COLUMNS = "eh_proj columns are [embedding | hidden]."
 COPIES = "embed_tokens and shared_head.head of an MTP layer are copies of the main embedding and head."
+TOWER = "The vision tower is no part of the language model: it stays behind (--allow-unmapped)."
 LATENT = "Rows of a query head are [without rope; with rope]."
-NORMS = ("mlp_norm", "moe_norm", "final_norm")
+LATENT_WORDS = ("wrapper", "decoder", "mlp_norm", "moe_norm", "q_norm", "kv_norm", "final_norm")
+APART = {"q_norm": "q_layernorm.weight", "kv_norm": "kv_layernorm.weight"}  # latent attention that is sparse
 
 A = TypeVar("A")
 
@@ -73,9 +75,7 @@ def gqa(config: Config, *, qkv_bias: bool = False, qk_norm: bool = False) -> b.A
     groups = number(config, "num_key_value_heads")
     if heads % groups:
         raise ConfigError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
-    return b.Attention(
-        H, heads, groups, optional(config, "head_dim") or H // heads, qkv_bias=qkv_bias, qk_norm=qk_norm
-    )
+    return b.Attention(H, heads, groups, optional(config, "head_dim") or H // heads, qkv_bias=qkv_bias, qk_norm=qk_norm)
 
 
 def mla(config: Config) -> b.Mla:
@@ -164,5 +164,5 @@ def megatron_args(
 
 
 def stacked(d: Dims[Any]) -> str:
-    """Whether Megatron-Core stores the decoder layers stacked: those that are all alike."""
-    return "stacked" if len(set(d.sparse)) == 1 else "per_layer"
+    """How Megatron-Core stores the decoder layers: stacked, unless `moe_layer_freq` lists them."""
+    return "per_layer" if d.moe else "stacked"

@@ -150,9 +150,14 @@ def listed(config: Config, field: str, kinds: Mapping[str, bool]) -> tuple[bool,
     return tuple(kinds[kind] for kind in found)
 
 
-def linear_layers(config: Config) -> tuple[bool, ...]:
-    """Which layers are delta nets; without a list, all but every fourth, or as `full_attention_interval` says."""
-    found = listed(config, "layer_types", {"linear_attention": True, "full_attention": False})
+def linear_layers(config: Config, *others: str) -> tuple[bool, ...]:
+    """Which layers are delta nets; without a list, all but every fourth, or as `full_attention_interval` says.
+
+    others: what the list may call the other layers, beside full attention.
+    """
+    found = listed(
+        config, "layer_types", {"linear_attention": True, **dict.fromkeys(("full_attention", *others), False)}
+    )
     if found is not None:
         return found
     interval = optional(config, "full_attention_interval", MOST) or 4

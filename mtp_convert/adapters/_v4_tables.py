@@ -4,6 +4,7 @@ Letters of the shapes:
     H hidden   V vocab   Q heads   D head dim   A query rank   G output groups   O output rank   J = Q*D/G
     E experts   I expert mlp   S shared-expert mlp   K experts per token   s hyper-connection streams   M = (2+s)*s
     X indexer heads   Y indexer head dim   r tokens per compressed key   c 2 where compressed windows overlap, else 1
+A slash marks the axis that tensor parallelism cuts (heads and output groups).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ ATTENTION = table(
     """
     q_a       A,H     wq_a.weight        q_a_proj.weight  wq_a.weight         linear_q_down_proj.weight
     q_a_norm  A       q_norm.weight      q_a_norm.weight  q_norm.weight       q_layernorm.weight
-    q_b       Q*D,A   wq_b.weight        q_b_proj.weight  wq_b.weight         linear_q_up_proj.weight
+    q_b       Q*D/,A  wq_b.weight        q_b_proj.weight  wq_b.weight         linear_q_up_proj.weight
     kv        D,H     wkv.weight         kv_proj.weight   wkv.weight          linear_kv_proj.weight
     kv_norm   D       {kv_norm}.weight   kv_norm.weight   =                   kv_layernorm.weight
-    o_a       G*O,J   wo_a.weight        o_a_proj.weight  wo_a.weight         linear_o_group_proj
-    o_b       H,G*O   wo_b.weight        o_b_proj.weight  wo_b.weight         linear_proj.weight
-    sink      Q       attn_sink          sinks            sinks_param.weight  core_attention.attn_sink
+    o_a       G*O/,J  wo_a.weight        o_a_proj.weight  wo_a.weight         linear_o_group_proj
+    o_b       H,G*O/  wo_b.weight        o_b_proj.weight  wo_b.weight         linear_proj.weight
+    sink      Q/      attn_sink          sinks            sinks_param.weight  core_attention.attn_sink
     """,
     hf="attn.",
     native="self_attn.",

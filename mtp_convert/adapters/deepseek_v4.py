@@ -227,7 +227,7 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
     return {
         **args.model_args(config, layers=len(d.ratios), H=n["H"], V=n["V"], tied=d.tied),
         **args.gpt_args(config),
-        **args.attention_args(b.Attention(n["H"], n["Q"], 1, n["D"])),
+        **args.attention_args(b.Attention(n["H"], n["Q"], n["Q"], n["D"])),
         **args.moe_args(config, experts, score="sqrtsoftplus"),
         **args.gpt_mtp_args(steps, repeated=repeated),
         "multi_latent_attention": True,
@@ -279,6 +279,7 @@ FAMILY = Family(
         "native": {"automodel": {"form": "automodel"}},
     },
     depths=DEPTHS,
+    forms=b.MEGATRON_FORMS,
     megatron_args=megatron_args,
     bridge_provider="",
     megatron_since=(0, 19),

@@ -174,6 +174,7 @@ class Grid:
         height, width = min(self.height, self.period), min(self.width, self.cols)
         across = min(self.shape[1], max(1, most // (height * width)))
         down = max(1, most // (height * self.cols)) if across == self.shape[1] else 1
+        per_row, per_period = -(-self.shape[1] // across), -(-self.per_period // down)
         at = first
         while at < last:
             period = at // self.per_period
@@ -181,15 +182,17 @@ class Grid:
             stop = min(start + down, self.per_period)
             rows = period * self.period + start * self.height, period * self.period + min(stop * height, self.period)
             at = period * self.per_period + stop
-            for left in range(0, self.shape[1], across):
+            number = (period * per_period + start // down) * per_row
+            for i, left in enumerate(range(0, self.shape[1], across)):
                 right = min(left + across, self.shape[1])
                 cols = left * self.width, min(right * self.width, self.cols)
-                yield Strip((period * self.per_period + start, at), (left, right), rows, cols)
+                yield Strip(number + i, (period * self.per_period + start, at), (left, right), rows, cols)
 
 
 class Strip(NamedTuple):
-    """Block rows and columns from-to, and the rows and columns of their values."""
+    """Its number, block rows and columns from-to, and the rows and columns of their values."""
 
+    number: int
     block_rows: tuple[int, int]
     block_cols: tuple[int, int]
     rows: tuple[int, int]

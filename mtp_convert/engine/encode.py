@@ -44,8 +44,8 @@ class Coder:
     tensors: Mapping[str, StoredTensor]
     dtype: DType
     encoded: Encoded
-    _unchanged: set[tuple[Range, Range]] = field(default_factory=set, init=False, repr=False)
-    _large: dict[tuple[Range, Range], Floats] = field(default_factory=dict, init=False, repr=False)
+    _unchanged: list[int] = field(default_factory=lambda: [0], init=False, repr=False)  # one bit per strip
+    _large: dict[int, Floats] = field(default_factory=dict, init=False, repr=False)
     _whole: list[tuple[np.float32 | None, bool]] = field(default_factory=list, init=False, repr=False)
 
     def codes(self, reader: Reader, out: Bytes, lo: int, hi: int) -> None:
@@ -70,7 +70,7 @@ class Coder:
         n = stored.dtype.itemsize
         width = self.grid.shape[1] * n
         for strip in self.grid.strips(lo // width, (hi - 1) // width + 1, STRIP):
-            scales = self._kept(reader, strip) if strip[:2] in self._unchanged else None
+            scales = self._kept(reader, strip) if self._unchanged[0] >> strip.number & 1 else None
             if scales is None:
                 scales = self._large_scale(reader, strip) if self.is_large else self.coded(reader, strip).scales
             raw = scale_bytes(scales, stored.dtype).reshape(len(scales), -1)
@@ -93,7 +93,7 @@ class Coder:
         except Infinite as error:
             raise self._infinite() from error
         if found.kept:
-            self._unchanged.add(strip[:2])
+            self._unchanged[0] |= 1 << strip.number  # two threads at once may lose a bit, which costs time alone
         return found
 
     def values(self, reader: Reader, rows: Range, cols: Range) -> Floats:
@@ -153,14 +153,14 @@ class Coder:
 
     def _large_scale(self, reader: Reader, strip: Strip) -> Floats:
         """The scale [1, 1] of a large block."""
-        found = self._large.get(strip[:2])
+        found = self._large.get(strip.number)
         if found is None:
             block = Block(self._rule(reader), self._kept(reader, strip))
             if self.encoded.scheme.scaled:
                 for rows, cols in _parts(strip.rows, strip.cols):
                     block.add(self.values(reader, rows, cols))
             try:
-                found = self._large[strip[:2]] = block.scale()
+                found = self._large[strip.number] = block.scale()
             except Infinite as error:
                 raise self._infinite() from error
         return found

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mtp_convert.errors import ConvertError, Problem
-from mtp_convert.mapping.layout import Binding, Layout, Template
+from mtp_convert.mapping.layout import Binding, Layout, LayoutError, Template
 from mtp_convert.mapping.views import Box, Shape
 from mtp_convert.sharding.assemble import undivided
 from mtp_convert.sharding.cuts import Cut, cut_of
@@ -77,7 +77,7 @@ class _Dealer:
         self.chunks = chunks
         self.shapes = shapes
         self.cuts: dict[str, Cut] = {}
-        self.held: list[list[Binding]] = [[] for _ in chunks]
+        self.held: list[list[tuple[int | None, str, Binding]]] = [[] for _ in chunks]
         modules: dict[str, list[int]] = {}
         copied = map(layout.copy_binding, layout.copies)
         for binding in (*layout.bindings.values(), *copied):
@@ -86,15 +86,17 @@ class _Dealer:
             if binding.tensor in layout.copies:
                 where = [c for c in where if c]  # the embedding itself is on the first chunk
             if binding.tensor in shapes:
+                if not where:
+                    raise LayoutError(f"no chunk holds {binding.tensor!r}")
                 rows = shapes[binding.tensor][0] if binding.vocab else None
                 self.cuts[binding.tensor] = cut_of(binding, layout.params, rows)
                 for chunk in where:
-                    self.held[chunk].append(binding)
-        self.states: list[list[tuple[Template, bool]]] = [[] for _ in chunks]
+                    self.held[chunk].append((*self._local(binding.template, chunk), binding))
+        self.states: list[list[tuple[int | None, str, bool]]] = [[] for _ in chunks]
         for state in layout.states:
             module = state.template.name().rpartition(".")[0]
             for chunk in self._where(state.template, modules.get(module, [])):
-                self.states[chunk].append((state.template, state.none))
+                self.states[chunk].append((*self._local(state.template, chunk), state.none))
 
     def _end(self, binding: Binding, layout: Layout) -> list[int]:
         """The chunks of a tensor at the ends of the model."""
@@ -116,7 +118,7 @@ class _Dealer:
     def problems(self) -> Iterator[Problem]:
         """Tensors that cannot be cut into equal shares."""
         seen = set()
-        for binding in (b for bindings in self.held for b in bindings):
+        for _, _, binding in (held for chunk in self.held for held in chunk):
             n = self.sizes.expert_tensor if "e" in binding.template.at else self.sizes.tensor
             cut = self.cuts[binding.tensor]
             text = binding.template.text
@@ -126,21 +128,18 @@ class _Dealer:
 
     def part(self, rank: Rank, chunk: int) -> Part:
         """What a rank holds of a chunk."""
-        start = self.chunks[chunk].layers.start
         held = []
-        for b in self.held[chunk]:
-            expert, local = self._local(b.template, start)
+        for expert, name, b in self.held[chunk]:
             if expert in (None, rank.expert):
                 n = self.sizes.tensor if expert is None else self.sizes.expert_tensor
                 cut, shape = self.cuts[b.tensor], self.shapes[b.tensor]
-                held.append(Held(local, b.tensor, cut.local(shape, n), cut.boxes(shape, rank.tensor % n, n)))
-        named = [(*self._local(template, start), none) for template, none in self.states[chunk]]
-        states = tuple((name, none) for expert, name, none in named if expert in (None, rank.expert))
+                held.append(Held(name, b.tensor, cut.local(shape, n), cut.boxes(shape, rank.tensor % n, n)))
+        states = tuple((name, none) for expert, name, none in self.states[chunk] if expert in (None, rank.expert))
         return Part(self.sizes.key(chunk), tuple(held), states)
 
-    def _local(self, template: Template, start: int) -> tuple[int | None, str]:
-        """The expert rank of a tensor, and its name there."""
+    def _local(self, template: Template, chunk: int) -> tuple[int | None, str]:
+        """The expert rank of a tensor, and its name on a chunk."""
         expert, local = expert_share(template, self.sizes)
         if "i" in template.at:
-            local["i"] = template.at["i"] - start
+            local["i"] = template.at["i"] - self.chunks[chunk].layers.start
         return expert, template.name(**local)

@@ -191,3 +191,25 @@ def test_other_spellings_are_recognised_and_come_back(name: str, words: dict[str
     convert(source, tmp_path / "there", "megatron")
     convert(tmp_path / "there", tmp_path / "back", "hf")
     assert differing(source, tmp_path / "back") == []
+
+
+OTHER: list[tuple[str, dict[str, Any], int]] = [  # tensors more or less than the tiny config has
+    ("mimo", {"model_type": "qwen2", "tie_word_embeddings": True, "num_nextn_predict_layers": None}, -1 - 32),
+    ("mimo_v2_flash", {"attention_bias": True, "add_full_attention_sink_bias": True}, 3 * 6 + 2),
+    ("mimo_v2_flash", {"attention_bias": True, "attention_projection_layout": "fused_qkv"}, -6),
+    ("step3p5", {"use_qk_norm": False, "use_head_wise_attn_gate": False, "use_moe_router_bias": False}, -3 * 6 - 3),
+    ("step3p5", {"tie_word_embeddings": True}, -1),
+    ("ernie4_5_moe", {"tie_word_embeddings": False, "moe_num_shared_experts": 0}, 1 - 3 * 3),
+    ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_layer_end_index": 2}, -2 * (17 - 3)),
+    ("inkling", {"mtp_config": {"num_nextn_predict_layers": 1}}, -20 - 1),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "more"), OTHER, ids=str)
+def test_models_with_other_parts(name: str, change: dict[str, Any], more: int, tmp_path: Path) -> None:
+    config = tiny(name, **change)
+    source = folder(tmp_path / "source", config)
+    assert len(layout(config).bindings) == len(layout(tiny(name)).bindings) + more
+    convert(source, tmp_path / "there", "megatron")
+    convert(tmp_path / "there", tmp_path / "back", "hf")
+    assert differing(source, tmp_path / "back") == []

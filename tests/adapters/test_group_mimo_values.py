@@ -52,6 +52,14 @@ def test_mimo_v2_windows_have_heads_of_their_own(fused: bool, tmp_path: Path) ->
     assert torch.equal(sink, source[at + "attention_sink_bias"])
 
 
+def test_mimo_v2_is_written_with_apart_projections_on_request(tmp_path: Path) -> None:
+    config = tiny("mimo_v2_flash", attention_projection_layout="fused_qkv")
+    convert(folder(tmp_path / "source", config), tmp_path / "there", "megatron")
+    convert(tmp_path / "there", tmp_path / "back", "hf", variant="split-qkv")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == layout(config, qkv="split").bindings.keys()
+
+
 def test_mimo_v2_counts_depths_only_where_its_config_does(tmp_path: Path) -> None:
     silent = tiny("mimo_v2_flash", num_nextn_predict_layers=None)
     source = folder(tmp_path / "source", silent, depths=3)

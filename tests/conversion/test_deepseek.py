@@ -115,6 +115,12 @@ def test_a_copy_that_is_none_is_refused(tmp_path: Path, cli: Cli) -> None:
     done = cli("hf-to-megatron", folder, tmp_path / "out")
     assert done.code == 4
     assert "mtp.0.head.weight" in done.err
+    done = cli("hf-to-megatron", folder, tmp_path / "out", "--copies", "use-main")
+    assert done.code == 0
+    assert "mtp.0.head.weight" in done.out
+    convert(tmp_path / "out", tmp_path / "back", "hf")
+    back = load_file(tmp_path / "back" / WEIGHTS)
+    assert torch.equal(back["mtp.0.head.weight"], back["head.weight"])
 
 
 @pytest.mark.parametrize("sign", ["config", "tensor"])

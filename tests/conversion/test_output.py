@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from mtp_convert.checkpoint import PROVENANCE, open_checkpoint
 from mtp_convert.errors import ConvertError
-from mtp_convert.verify.forward import load_tensors
+from mtp_convert.verify.forward import tensors_of
 
 D1 = AUTOMODEL / "nemotron_d1"
 KEPT = ("mixer.gate.e_score_correction_bias", "mixer.A_log", "mixer.D", "mixer.dt_bias")
@@ -107,7 +107,7 @@ def test_torch_loads_what_we_write(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "there", "megatron", max_shard_size=100_000)
     assert len(list((tmp_path / "there" / "release").glob("*.distcp"))) > 1
     by_torch = read(tmp_path / "there" / "release")
-    by_us = load_tensors(open_checkpoint(tmp_path / "there").stored)
+    by_us = tensors_of(open_checkpoint(tmp_path / "there").stored)
     assert by_torch.keys() == by_us.keys()
     assert all(torch.equal(t.float(), by_us[n]) for n, t in by_torch.items())
 

@@ -215,8 +215,9 @@ def test_modelopts_own_file(tmp_path: Path) -> None:
 
 
 def test_unknown_methods_are_refused(tmp_path: Path) -> None:
-    (line,) = problems(tmp_path, linear("m", "fp8_tensor"), said(tmp_path, quant_method="gptq"))
-    assert line.startswith("quant_method in config.json: got 'gptq'")
+    for raw in (linear("m", "fp8_tensor"), {"m.qweight": torch.zeros(8, 8, dtype=torch.int32)}):
+        (line,) = problems(tmp_path, raw, said(tmp_path, quant_method="gptq"))
+        assert line.startswith("quant_method in config.json: got 'gptq'")
 
 
 def test_float8_without_scales_needs_a_word(tmp_path: Path) -> None:

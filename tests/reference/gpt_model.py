@@ -12,14 +12,40 @@ from torch import Tensor, nn
 
 # Arguments that megatron-core's TransformerConfig has under the same name.
 SAME = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
-    "qk_layernorm add_qkv_bias add_bias_linear attention_output_gate hidden_dropout attention_dropout mtp_num_layers "
-    "experimental_attention_variant linear_attention_freq linear_conv_kernel_dim linear_num_key_heads "
-    "linear_num_value_heads linear_key_head_dim linear_value_head_dim moe_layer_freq moe_ffn_hidden_size "
-    "moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk moe_router_score_function "
-    "moe_router_pre_softmax moe_router_enable_expert_bias moe_router_topk_scaling_factor moe_router_dtype "
-    "moe_router_load_balancing_type moe_grouped_gemm window_attn_skip_freq"
-).split()
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "normalization",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "add_bias_linear",
+    "attention_output_gate",
+    "hidden_dropout",
+    "attention_dropout",
+    "mtp_num_layers",
+    "experimental_attention_variant",
+    "linear_attention_freq",
+    "linear_conv_kernel_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor",
+    "moe_router_dtype",
+    "moe_router_load_balancing_type",
+    "moe_grouped_gemm",
+)
 CPU = {
     "masked_softmax_fusion": False,
     "bias_dropout_fusion": False,
@@ -50,8 +76,6 @@ def settings(args: dict[str, Any]) -> dict[str, Any]:
     found |= {"layernorm_zero_centered_gamma": bool(args.get("apply_layernorm_1p"))}
     if args.get("num_experts"):
         found |= {"num_moe_experts": args["num_experts"], "moe_token_dispatcher_type": "allgather"}
-    if args.get("window_size"):
-        found["window_size"] = tuple(args["window_size"])
     return found | CPU
 
 

@@ -7,10 +7,13 @@ from mtp_convert.adapters.blocks.attention import Attention, attention, llama_at
 from mtp_convert.adapters.blocks.base import (
     MEGATRON_FORMS,
     MEGATRON_WORDS,
+    joined,
     megatron_words,
     renamed,
+    respelled,
     te,
     te_attention,
+    with_copies,
     with_hf,
 )
 from mtp_convert.adapters.blocks.decoder import (
@@ -54,6 +57,7 @@ __all__ = [
     "hf_fusion",
     "hf_mamba_rows",
     "homogeneous",
+    "joined",
     "llama_attention",
     "llama_mlp",
     "llama_moe",
@@ -67,7 +71,9 @@ __all__ = [
     "places",
     "qwen_delta_net",
     "renamed",
+    "respelled",
     "te",
     "te_attention",
+    "with_copies",
     "with_hf",
 ]

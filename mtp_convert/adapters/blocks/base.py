@@ -11,8 +11,10 @@ param also says with `Param.cut` how tensor parallelism cuts it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mtp_convert.mapping.family import Form
-from mtp_convert.mapping.rules import Block, Extra, Row, only, rule
+from mtp_convert.mapping.rules import Block, Copy, Extra, Row, Rule, only, rule
 
 # The first spelling is what current Megatron-Core with TransformerEngine specs writes.
 MEGATRON_WORDS: dict[str, tuple[str, ...]] = {
@@ -60,6 +62,35 @@ def megatron_words(*names: str, **first: str) -> dict[str, tuple[str, ...]]:
 def with_hf(block: Block, *rows: Row, native: tuple[Row, ...] | None = None) -> Block:
     """The block with its Hugging Face rows; those of the native tree where they differ."""
     return Block(block.params, {**block.rows, "hf": rows, "native": rows if native is None else native}, block.domains)
+
+
+def with_copies(block: Block, *copies: Copy) -> Block:
+    """The block with Hugging Face tensors that repeat params of other places."""
+    return replace(block, rows={**block.rows, "hf": (*block.rows["hf"], *copies)})
+
+
+def respelled(block: Block, layout: str, *changes: tuple[str, str]) -> Block:
+    """The block with other names in one layout, of tensors and objects: every (old, new) is replaced, in order."""
+
+    def changed(row: Row) -> Row:
+        name = row.key if isinstance(row, Extra) else row.tensor if isinstance(row, Rule | Copy) else ""
+        for old, new in changes:
+            name = name.replace(old, new)
+        if isinstance(row, Extra):
+            return replace(row, key=name)
+        return replace(row, tensor=name) if isinstance(row, Rule | Copy) else row
+
+    return replace(block, rows={**block.rows, layout: tuple(map(changed, block.rows[layout]))})
+
+
+def joined(first: Block, *others: Block) -> Block:
+    """Blocks at one place as one; all of them have rows for the layouts of the first."""
+    blocks = (first, *others)
+    return Block(
+        tuple(param for block in blocks for param in block.params),
+        {layout: tuple(row for block in blocks for row in block.rows[layout]) for layout in first.rows},
+        {index: values for block in blocks for index, values in block.domains.items()},
+    )
 
 
 def te(*modules: str, over: tuple[str, ...] = ()) -> tuple[Extra, ...]:

@@ -17,7 +17,7 @@ PROJECTIONS = (*QKV, "z", "beta", "alpha")  # z gates the output; beta is the st
 
 @dataclass(frozen=True, slots=True)
 class DeltaNet:
-    """Sizes of a gated delta net."""
+    """Sizes of a gated delta net; `centred`: Megatron counts the weight of its output norm from 0."""
 
     H: int
     K: int
@@ -25,6 +25,7 @@ class DeltaNet:
     D: int
     E: int
     W: int
+    centred: bool = True
 
     @property
     def rows(self) -> dict[str, int]:
@@ -34,8 +35,7 @@ class DeltaNet:
 
 
 def delta_net(d: DeltaNet) -> Block:
-    """Megatron counts the weight of the output norm from 0, as those of all other norms; torch_dist keeps the parts of
-    the fused projections apart because TP cuts each of them."""
+    """torch_dist keeps the parts of the fused projections apart because TP cuts each of them."""
     s = "self_attention"
     params = (
         Param("norm", (d.H,)),
@@ -58,7 +58,7 @@ def delta_net(d: DeltaNet) -> Block:
         *only(*apart, keys="dist"),
         *only(*fused, keys="state_dict"),
         *(rule(f"{s}.{p}", p) for p in ("A_log", "dt_bias")),
-        rule(f"{s}.out_norm.weight", "out_norm", plus=-1.0),
+        rule(f"{s}.out_norm.weight", "out_norm", plus=-1.0 if d.centred else 0.0),
         rule(f"{s}.out_proj.weight", "out"),
         *te(f"{s}.in_proj", f"{s}.out_norm", f"{s}.out_proj"),
     )

@@ -25,7 +25,8 @@ class Indexer:
 class Mla:
     """Sizes of a latent attention block; A is None when queries are projected directly.
 
-    Rows of a query head are [without rope; with rope], rows of a key/value head are [key; value].
+    Rows of a query head are [without rope; with rope], rows of a key/value head are [key; value]. shares_indexer: a
+    layer of sparse attention without an indexer, which uses the choice of a layer before it.
     """
 
     H: int
@@ -36,10 +37,12 @@ class Mla:
     A: int | None
     B: int
     indexer: Indexer | None = None
+    shares_indexer: bool = False
 
 
 def mla(d: Mla) -> Block:
-    """Both ranks have a norm, which TransformerEngine keeps in the projection behind it."""
+    """Both ranks have a norm, which TransformerEngine keeps in the projection behind it; sparse attention has modules
+    of their own for them, because an indexer reads normed queries."""
     queries = d.Q * (d.N + d.R)
     s = "self_attention"
     params = [
@@ -73,11 +76,13 @@ def mla(d: Mla) -> Block:
     if d.indexer is not None:
         more, found = _indexer(d, d.indexer)
         params, rows = [*params, *more], [*rows, *found]
+    if d.indexer is not None or d.shares_indexer:
+        rows += te(f"{s}.q_layernorm", f"{s}.kv_layernorm")
     return Block(tuple(params), {"megatron": tuple(rows)})
 
 
 def _indexer(d: Mla, x: Indexer) -> tuple[list[Param], list[Row]]:
-    """The key norm is a LayerNorm; both ranks have norms of their own, because the indexer reads normed queries."""
+    """The key norm is a LayerNorm."""
     if d.A is None:
         raise ConfigError("an indexer needs a query rank (q_lora_rank)")
     params = [
@@ -97,7 +102,6 @@ def _indexer(d: Mla, x: Indexer) -> tuple[list[Param], list[Row]]:
             (f"{module}.linear_weights_proj.weight", "indexer.weights"),
         ),
         *te(*(f"{module}.{m}" for m in ("linear_wq_b", "linear_wk", "k_norm", "linear_weights_proj"))),
-        *te("self_attention.q_layernorm", "self_attention.kv_layernorm"),
     ]
     return params, rows
 

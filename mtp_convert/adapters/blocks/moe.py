@@ -17,7 +17,8 @@ class Moe:
     """Sizes of a mixture of experts; S is 0 without a shared expert, `latent` None when experts see the hidden size.
 
     router_bias: a bias added to the scores for the choice alone. shared_gate: the shared expert has a sigmoid gate.
-    scored: shared experts that the router scores, behind the others.
+    scored: shared experts that the router scores, behind the others. zero: experts without weights that it may choose,
+    behind the others. normed: whether the block has a norm of its own.
     """
 
     H: int
@@ -29,6 +30,8 @@ class Moe:
     router_bias: bool = True
     shared_gate: bool = False
     scored: int = 0
+    zero: int = 0
+    normed: bool = True
 
     @property
     def first(self) -> tuple[str, ...]:
@@ -40,19 +43,19 @@ def moe(d: Moe) -> Block:
     """The numbers of one expert are as in a dense MLP."""
     L = d.latent or d.H
     params = [
-        Param("norm", (d.H,)),
-        Param("router", (d.E + d.scored, d.H)),
+        *([Param("norm", (d.H,))] if d.normed else []),
+        Param("router", (d.E + d.scored + d.zero, d.H)),
         *(Param(f"experts.{{e}}.{p}", (d.I, L), cut=0) for p in d.first),
         Param("experts.{e}.down", (L, d.I), cut=1),
     ]
     rows: list[Row] = [
-        rule("{moe_norm}", "norm"),
+        *([rule("{moe_norm}", "norm")] if d.normed else []),
         rule("mlp.router.weight", "router"),
-        *te("pre_mlp_layernorm"),
+        *(te("pre_mlp_layernorm") if d.normed else ()),
         *_experts(d),
     ]
     if d.router_bias:
-        params.append(Param("router_bias", (d.E,), high_precision=True))
+        params.append(Param("router_bias", (d.E + d.zero,), high_precision=True))
         rows.append(rule("mlp.router.expert_bias", "router_bias"))
     for more, names in (_shared(d), _latent(d)):
         params += more
@@ -126,7 +129,8 @@ def llama_moe(
     `split`: released one by one (the layout has a word, named by `word`, that says "split" or "stacked", for releases
     that store what transformers holds in memory); the native tree always stacks them.
     """
-    rows: list[Row] = [rule(f"{norm}.weight", "norm"), rule(f"{module}.{router}.weight", "router")]
+    rows: list[Row] = [rule(f"{norm}.weight", "norm")] if d.normed else []
+    rows.append(rule(f"{module}.{router}.weight", "router"))
     if d.router_bias:
         rows.append(rule(f"{module}.{bias}", "router_bias"))
     if d.S:

@@ -2,10 +2,11 @@
 
     table("hf native megatron", '''
         q_a   A,H     wq_a.weight   q_a_proj.weight   linear_q_down_proj.weight
-        q_b   Q*D,A   wq_b.weight   q_b_proj.weight   linear_q_up_proj.weight
+        q_b   Q*D/,A  wq_b.weight   q_b_proj.weight   linear_q_up_proj.weight
     ''', hf="attn.", native="self_attn.", megatron="self_attention.")
 
-Shapes are products of letters, looked up in the family's sizes; `=` repeats the name one column to the left.
+Shapes are products of letters, looked up in the family's sizes; a slash behind an axis says that tensor parallelism cuts
+it; `=` repeats the name one column to the left.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def table(columns: str, text: str, **prefixes: str) -> tuple[Line, ...]:
 
 def params_of(lines: Sequence[Line], sizes: Mapping[str, int], *, high_precision: Collection[str] = ()) -> list[Param]:
     """The params, with numbers for letters; `high_precision` ones keep their stored element type."""
-    return [
-        Param(
-            line.param,
-            tuple(prod(sizes[letter] for letter in axis.split("*")) for axis in line.shape.split(",")),
-            high_precision=line.param in high_precision,
-        )
-        for line in lines
-    ]
+    return [_param(line, sizes, line.param in high_precision) for line in lines]
+
+
+def _param(line: Line, sizes: Mapping[str, int], high_precision: bool) -> Param:
+    axes = line.shape.split(",")
+    shape = tuple(prod(sizes[letter] for letter in axis.rstrip("/").split("*")) for axis in axes)
+    cut = next((i for i, axis in enumerate(axes) if axis.endswith("/")), None)
+    return Param(line.param, shape, high_precision=high_precision, cut=cut)
 
 
 def rows_of(lines: Sequence[Line], layout: str, *, float32: Collection[str] = ()) -> list[Row]:

@@ -47,6 +47,11 @@ class KeyValueLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
         return self.keys, self.values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Undo the last `-tokens_to_remove` tokens; nothing happens before the first one."""
+        if self.is_initialized and tokens_to_remove and self.keys is not None and self.values is not None:
+            self.keys, self.values = (t[..., :tokens_to_remove, :] for t in (self.keys, self.values))
+
     def reset(self) -> None:
         """Forget everything."""
         self._buffers = []
@@ -212,7 +217,12 @@ class NemotronHybridCache(Cache):
         return layer
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Undo the last `-tokens_to_remove` tokens."""
+        """Undo the last `-tokens_to_remove` tokens.
+
+        Raises ValueError for more than are cached, or in Mamba blocks for more than were recorded.
+        """
+        if not -self.length <= tokens_to_remove <= 0:
+            raise ValueError(f"crop({tokens_to_remove}): expected {-self.length} to 0, as many tokens as are cached")
         super().crop(tokens_to_remove)
         self.length += tokens_to_remove
 

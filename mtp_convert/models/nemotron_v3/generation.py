@@ -76,8 +76,10 @@ class HybridGeneration(GenerationMixin):
         if inputs_embeds is not None and done < prompt:
             return {**inputs, "inputs_embeds": inputs_embeds[:, done:]}
         by_loop = not kwargs.keys().isdisjoint(("next_sequence_length", "is_first_iteration"))
-        new = kwargs.get("next_sequence_length") if by_loop else input_ids.shape[1] + prompt - done
-        return {**inputs, "input_ids": input_ids if new is None else input_ids[:, input_ids.shape[1] - new :]}
+        new: int | None = kwargs.get("next_sequence_length") if by_loop else input_ids.shape[1] + prompt - done
+        if new is not None and new > 0:  # not so for a chunk of the prompt, which some loops hand over alone
+            input_ids = input_ids[:, input_ids.shape[1] - new :]
+        return {**inputs, "input_ids": input_ids}
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # nothing depends on the others
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: object

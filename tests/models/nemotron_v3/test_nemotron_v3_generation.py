@@ -185,6 +185,9 @@ def test_what_was_not_recorded_cannot_be_undone() -> None:
     run(model, ids[:, :2], past_key_values=cache)
     with pytest.raises(ValueError, match=r"crop\(-3\): expected -2 to 0"):
         cache.crop(-3)
+    for number in (-9, 1):
+        with pytest.raises(ValueError, match="expected -8 to 0, as many tokens as are cached"):
+            cache.crop(number)
 
 
 def test_rows_of_a_cache_can_be_chosen_and_repeated() -> None:

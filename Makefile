@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check reference bench docs format clean
+.PHONY: demo test mutants check reference bench docs format clean
 
 demo: $(READY)  ## the main job on the shipped model: inspect, convert, convert back, compare, run
 	@$(BIN)/mtp-convert demo
 
 test: check  ## linters, types and tests
-	$(BIN)/pytest -q -m "not reference and not large"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not reference and not large and not mutants"
+
+mutants: $(READY)  ## every wrong table of a kind, in every family: all must be seen by the forward passes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -rP -m mutants
 
 check: $(READY)
 	$(BIN)/ruff format --check .

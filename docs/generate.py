@@ -97,6 +97,8 @@ def family_page(name: str) -> str:
 
     family = next(f for f in adapters.families() if f.name == name)
     config = json.loads((FIXTURES / "configs" / f"{name}.json").read_text())
+    for part in adapters.find(config)[1]:
+        config = config[part]
     dims = family.dims(config, family.depths.declared(config))
     hf, megatron = family.layout("hf", dims), family.layout("megatron", dims)
     steps = make_plan(hf, megatron).steps
@@ -116,6 +118,18 @@ def family_page(name: str) -> str:
     return NOTE + "\n".join(lines) + "\n"
 
 
+def families_page() -> str:
+    """One row per family."""
+    from mtp_convert import adapters
+
+    lines = ["# Families\n", "| family | what | `model_type` | layouts and their named variants |", "|---|---|---|---|"]
+    for f in adapters.families():
+        layouts = (name + (f" ({', '.join(v)})" if (v := f.variants.get(name)) else "") for name in f.choices)
+        types = ", ".join(f"`{t}`" for t in f.model_types)
+        lines.append(f"| [{f.name}]({f.name}.md) | {f.title} | {types} | {', '.join(layouts)} |")
+    return NOTE + "\n".join(lines) + "\n"
+
+
 def general(*names: str) -> str:
     """Names without their numbers, each once."""
     words = (".".join("#" if w.isdecimal() else w for w in name.split(".")) for name in names)
@@ -130,6 +144,7 @@ def pages() -> dict[Path, str]:
         DOCS / "reference" / "errors.md": errors_page(),
         DOCS / "reference" / "commands.md": commands_page(),
         DOCS / "reference" / "json.md": json_page(),
+        DOCS / "families" / "README.md": families_page(),
     }
     return found | {DOCS / "families" / f"{f.name}.md": family_page(f.name) for f in adapters.families()}
 

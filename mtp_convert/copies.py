@@ -34,6 +34,6 @@ def check_copies(source: Checkpoint, *, use_main: bool = False) -> tuple[str, ..
     if disagreeing:
         raise ConvertError("MTP016", disagreeing)
     if problems and not use_main:
-        hint = "--copies use-main goes by the main tensors; a model with an output head of its own is not tied"
+        hint = "--copies use-main goes by the main tensors; with a head of its own, tie_word_embeddings is false"
         raise ConvertError("MTP026", problems, hint=hint)
     return tuple(f"{p.what}; the main tensor is used" for p in problems)

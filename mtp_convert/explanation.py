@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_convert import adapters
-from mtp_convert.checkpoint import Checkpoint
+from mtp_convert.checkpoint import Checkpoint, section_of
 from mtp_convert.errors import ConvertError, Problem
 from mtp_convert.mapping.family import Dims, Family
 from mtp_convert.mapping.layout import Layout
@@ -81,7 +81,8 @@ def explain_name(key: str, family: str | None, examples: Path) -> Explanation:
     near: list[str] = []
     for one in [known[family]] if family else known.values():
         config = json.loads((examples / f"{one.name}.json").read_text(encoding="utf-8"))
-        layouts = dict(_layouts(one, one.dims(config, max(one.depths.declared(config), 1))))
+        model = section_of(config, adapters.find(config)[1])
+        layouts = dict(_layouts(one, one.dims(model, max(one.depths.declared(model), 1))))
         for layout in layouts.values():
             names = (*layout.bindings, *layout.copies, *layout.params)  # decoder layers come before MTP depths
             by_form = {general(n): n for n in reversed(names)}

@@ -159,7 +159,7 @@ def _same_folder(source: Checkpoint, plan: Plan, said: Said) -> Recoding:
         beside[step.tensor] = tuple(called(t, first.name, step.tensor) for t in along)
         if all(source.tensor(n).encoding is None for n in step.sources):
             continue
-        if first.encoding is None or first.shape != step.shape or (step.averaged == 1 and len(step.sources) > 1):
+        if first.encoding is None or first.shape != step.shape:
             problems.append(Problem(f"{step.tensor} is made of {', '.join(step.sources)} ({step.op})"))
             continue
         weights[step.tensor] = encoded_as(first.encoding, step.tensor)

@@ -30,6 +30,11 @@ MODULES: tuple[str, ...] = (
     "glm4_moe_lite",
     "glm_moe_dsa",
     "longcat_flash",
+    "bailing_moe",
+    "bailing_hybrid",
+    "hy_v3",
+    "minimax_m3",
+    "glm5_next",
 )
 # Multi-modal wrappers keep the language model's config in one of these fields.
 NESTED = ("text_config", "llm_config", "language_config")
@@ -48,12 +53,13 @@ def find(config: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]:
         ConvertError: MTP021, naming the known model types.
     """
     known = {t: f for f in families() for t in f.model_types}
+    wrapped = {t: f for f in families() for t in f.wrappers}.get(str(config.get("model_type")))
     if str(config.get("model_type")) in known:
         return known[str(config["model_type"])], ()
     for nested in NESTED:
         section = config.get(nested)
-        if isinstance(section, dict) and str(section.get("model_type")) in known:
-            return known[str(section["model_type"])], (nested,)
+        if isinstance(section, dict) and (family := known.get(str(section.get("model_type")), wrapped)):
+            return family, (nested,)
     raise ConvertError(
         "MTP021",
         Problem(

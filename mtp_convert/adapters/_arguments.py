@@ -108,9 +108,10 @@ def delta_args(d: DeltaNet | None, linear: Sequence[bool]) -> dict[str, Any]:
 
 def window_args(config: Config, sliding: Sequence[bool]) -> dict[str, Any]:
     """Attention to the last tokens only, in the layers that are `sliding`."""
-    if not any(sliding):
+    window = config.get("sliding_window")
+    if not window or not any(sliding):
         return {}
-    return {"window_size": [config["sliding_window"] - 1, 0], "window_attn_skip_freq": [int(x) for x in sliding]}
+    return {"window_size": [window - 1, 0], "window_attn_skip_freq": [int(x) for x in sliding]}
 
 
 def mamba_args(config: Config, d: Mamba | None) -> dict[str, Any]:

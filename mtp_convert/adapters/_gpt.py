@@ -18,6 +18,7 @@ from mtp_convert.mapping.rules import Block, Copy, Placed
 
 SPARSE = {"sparse": True, "dense": False}
 KEPT_BIAS = "The router bias keeps its stored dtype under --dtype."
+KEPT_ROUTER = "The router's weight and bias keep their stored dtype under --dtype."
 COLUMNS = "eh_proj columns are [embedding | hidden]."
 COPIES = "embed_tokens and shared_head.head of an MTP layer are copies of the main embedding and head."
 TOWER = "The vision tower is no part of the language model: it stays behind (--allow-unmapped)."
@@ -89,7 +90,7 @@ def mla(config: Config) -> b.Mla:
         number(config, "hidden_size"),
         Q=number(config, "num_attention_heads"),
         N=number(config, "qk_nope_head_dim"),
-        R=number(config, "qk_rope_head_dim"),
+        R=optional(config, "qk_rope_head_dim"),
         V=number(config, "v_head_dim"),
         A=optional(config, "q_lora_rank") or None,
         B=number(config, "kv_lora_rank"),

@@ -7,13 +7,14 @@ names of ours, `mtp.layers.{k}.enorm` and so on, which no other tool reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import blocks as b
-from mtp_convert.adapters._config import MOST, number, optional
+from mtp_convert.adapters._config import MOST, flags, number, optional
+from mtp_convert.adapters._gpt import gqa
 from mtp_convert.mapping.family import Choices, Config, ConfigError
 from mtp_convert.mapping.rules import Block, Placed, Words
 
@@ -24,7 +25,6 @@ DELTA_NORM = (
     "weights become float32 by that, so that nothing is lost."
 )
 NESTED = {"trunk": "model.language_model."}  # below a vision-language model, but for MTP and the head
-SLIDING = {"sliding_attention": True, "full_attention": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +98,7 @@ def attention(config: Config, *, gated: bool = False, post_norm: bool = False) -
     """Grouped-query attention with norms of queries and keys."""
     if config.get("attention_bias"):
         raise ConfigError("attention_bias: Megatron has no bias of the output projection alone")
-    H, heads = number(config, "hidden_size"), number(config, "num_attention_heads")
-    groups = number(config, "num_key_value_heads")
-    if heads % groups:
-        raise ConfigError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
-    return b.Attention(
-        H, heads, groups, optional(config, "head_dim") or H // heads, qk_norm=True, gated=gated, post_norm=post_norm
-    )
+    return replace(gqa(config, qk_norm=True), gated=gated, post_norm=post_norm)
 
 
 def mlp(config: Config, H: int, *, post_norm: bool = False) -> b.Mlp:
@@ -140,28 +134,27 @@ def gated_moe(config: Config, H: int) -> b.Moe:
     )
 
 
-def listed(config: Config, field: str, kinds: Mapping[str, bool]) -> tuple[bool, ...] | None:
-    """A list with a word per layer, as what the words mean; None where the config has no such list."""
-    found, layers = config.get(field), number(config, "num_hidden_layers", MOST)
-    if found is None:
-        return None
-    if not isinstance(found, list) or len(found) != layers or not set(found) <= kinds.keys():
-        raise ConfigError(f"{field} must name {' or '.join(kinds)} for each of {layers} layers, got {found!r}")
-    return tuple(kinds[kind] for kind in found)
-
-
 def linear_layers(config: Config, *others: str) -> tuple[bool, ...]:
     """Which layers are delta nets; without a list, all but every fourth, or as `full_attention_interval` says.
 
     others: what the list may call the other layers, beside full attention.
     """
-    found = listed(
-        config, "layer_types", {"linear_attention": True, **dict.fromkeys(("full_attention", *others), False)}
-    )
-    if found is not None:
+    layers = number(config, "num_hidden_layers", MOST)
+    kinds = {"linear_attention": True, **dict.fromkeys(("full_attention", *others), False)}
+    if (found := flags(config, "layer_types", layers, kinds)) is not None:
         return found
     interval = optional(config, "full_attention_interval", MOST) or 4
-    return tuple(bool((i + 1) % interval) for i in range(number(config, "num_hidden_layers", MOST)))
+    return tuple(bool((i + 1) % interval) for i in range(layers))
+
+
+def sliding_layers(config: Config) -> tuple[bool, ...]:
+    """Which layers attend to a window; without a list, all but every n-th, as `sliding_window_pattern` says."""
+    layers = number(config, "num_hidden_layers", MOST)
+    found = flags(config, "layer_types", layers, {"sliding_attention": True, "full_attention": False})
+    if found is not None:
+        return found
+    interval = optional(config, "sliding_window_pattern", MOST)
+    return tuple(bool(interval and (i + 1) % interval) for i in range(layers))
 
 
 def gated_kinds(d: Dims, *, by_head: bool) -> Kinds:

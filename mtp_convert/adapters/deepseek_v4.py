@@ -12,7 +12,7 @@ from typing import Any
 
 from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import blocks as b
-from mtp_convert.adapters._config import MOST, number, optional
+from mtp_convert.adapters._config import MOST, number, optional, rope_scaling
 from mtp_convert.adapters._v4_config import DEPTHS, FIELDS, read_hashed, read_ratios
 from mtp_convert.adapters._v4_tables import (
     ATTENTION,
@@ -29,7 +29,7 @@ from mtp_convert.adapters._v4_tables import (
 from mtp_convert.adapters.blocks.table import Line, params_of, rows_of, table
 from mtp_convert.mapping.family import Config, ConfigError, Family
 from mtp_convert.mapping.ops import Concat, Permute
-from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, Rule, only, rule
+from mtp_convert.mapping.rules import Block, Copy, Extra, Placed, Row, Rule, only, rule
 
 SPARSE_RATIO = 4  # the ratio of a layer with overlapping windows and an indexer; layers of another ratio have neither
 
@@ -97,26 +97,11 @@ def lines_block(lines: tuple[Line, ...], sizes: Mapping[str, int], *more: Row, *
 
 
 def hyper_connection(hf: str, tree: str, megatron: str, sizes: Mapping[str, int]) -> Block:
-    """How one sub-layer reads and writes the streams; Megatron keeps its three scales apart."""
-    lines = table(
-        COLUMNS,
-        f"""
-        fn    M,s*H  {hf}_fn    {tree}.fn    =  {megatron}.mapping_proj.weight
-        base  M      {hf}_base  {tree}.base  =  {megatron}.bias
-        """,
-    )
-    scales = ("pre", "post", "res")
-    block = lines_block(
-        lines,
-        sizes,
-        *(rule(f"{megatron}.alpha_{s}", s) for s in scales),
-        hf=(rule(f"{hf}_scale", *scales, op=Concat(0)),),
-        native=(
-            *only(rule(f"{tree}.scale", *scales, op=Concat(0)), form="tree"),
-            *only(rule(f"{tree}.scale", *scales, op=Concat(0), dtype="F32"), form="automodel"),
-        ),
-    )
-    return replace(block, params=(*block.params, *(Param(s, (1,), high_precision=True) for s in scales)))
+    """How one sub-layer reads and writes the streams; AutoModel keeps all of it in float32."""
+    block = b.hyper_connection(sizes["H"], sizes["s"], hf=hf, tree=tree, megatron=megatron)
+    wide = tuple(replace(r, dtype="F32") for r in block.rows["native"] if isinstance(r, Rule))
+    native = (*only(*block.rows["native"], form="tree"), *only(*wide, form="automodel"))
+    return replace(block, rows={**block.rows, "native": native})
 
 
 def attention(n: Mapping[str, int], ratio: int) -> Block:
@@ -235,19 +220,47 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
         "qk_layernorm": True,
         "q_lora_rank": n["A"],
         "v_head_dim": n["D"],
+        **_rope_args(config, n["D"]),
         "o_groups": n["G"],
         "o_lora_rank": n["O"],
-        "qk_pos_emb_head_dim": config.get("qk_rope_head_dim"),
-        "rotary_percent": 1.0,  # the 64 turned dimensions are a head of their own, whatever partial_rotary_factor says
         "csa_compress_ratios": ratios,
-        "csa_window_size": config.get("sliding_window"),
+        "csa_window_size": config.get("sliding_window", 128),
         "dsa_indexer_n_heads": n["X"],
         "dsa_indexer_head_dim": n["Y"],
-        "dsa_indexer_topk": config.get("index_topk"),
+        "dsa_indexer_topk": config.get("index_topk", 512),
+        "activation_func_clamp_value": config.get("swiglu_limit", 10.0) or None,
+        "moe_layer_freq": [1] * len(d.ratios),
         "moe_n_hash_layers": sum(d.hashed),
         "actual_vocab_size": n["V"],
         "enable_hyper_connections": True,
         "num_residual_streams": n["s"],
+        "mhc_sinkhorn_iterations": config.get("hc_sinkhorn_iters", 20),
+        "mhc_epsilon": config.get("hc_eps", 1e-6),
+    }
+
+
+def _rope_args(config: Config, head: int) -> dict[str, Any]:
+    """Rotary positions: plain ones where there is but a window, another base and YaRN in layers that compress.
+
+    `head` is a head's size. The config has one section of settings for each, or both flat.
+    """
+    sections = config.get("rope_parameters")
+    plain, compressed = (sections.get(n) if isinstance(sections, dict) else None for n in ("main", "compress"))
+    scaling = rope_scaling({"rope_parameters": compressed} if compressed else config)
+    turned = config.get("qk_rope_head_dim") or int(head * (config.get("partial_rotary_factor") or 0.125))
+    return {
+        "qk_pos_emb_head_dim": turned,
+        "qk_head_dim": head - turned,
+        "rotary_percent": 1.0,  # the turned dimensions are a head of their own, whatever partial_rotary_factor says
+        "rotary_base": float((plain or config).get("rope_theta", 10000.0)),
+        "csa_compress_rotary_base": float(
+            (compressed or {}).get("rope_theta") or config.get("compress_rope_theta", 160000.0)
+        ),
+        "rope_type": "yarn" if scaling else "rope",
+        "rotary_scaling_factor": float(scaling.get("factor", 1.0)),
+        **{f: scaling[f] for f in ("original_max_position_embeddings", "beta_fast", "beta_slow") if f in scaling},
+        "mscale": 1.0,  # both alike: YaRN's correction of attention is not used
+        "mscale_all_dim": 1.0,
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from mtp_convert.adapters import _qwen as q
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, depth_field, number
+from mtp_convert.adapters._gpt import TOWER
 from mtp_convert.adapters.exaone_moe import windows
 from mtp_convert.mapping.family import Config, Family
 from mtp_convert.mapping.rules import Placed
@@ -56,7 +57,7 @@ FAMILY = Family(
     megatron_since=(0, 12),
     notes=(
         "Megatron-Core alone has no norm behind a linear layer: these are the names of Megatron-Bridge.",
-        "The vision tower is no part of the language model: it stays behind (--allow-unmapped).",
+        TOWER,
         q.SEVERAL,
         q.COLUMNS,
     ),

@@ -7,30 +7,25 @@ Names: transformers `modeling_exaone_moe.py` and its conversion; Megatron-Bridge
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from mtp_convert.adapters import _arguments as args
+from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import _qwen as q
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, depth_field, number, optional
 from mtp_convert.mapping.family import Config, Family
-from mtp_convert.mapping.rules import Block, Placed, Rule
-
-BIAS = "e_score_correction_bias"
+from mtp_convert.mapping.rules import Placed
 
 
 def dims(config: Config, depths: int) -> q.Dims:
     """Read a config.json."""
-    attention, layers = q.attention(config), number(config, "num_hidden_layers", MOST)
-    dense = optional(config, "first_k_dense_replace", MOST)
-    listed = q.listed(config, "mlp_layer_types", {"sparse": True, "dense": False})
-    width = number(config, "moe_intermediate_size")
+    attention, width = q.attention(config), number(config, "moe_intermediate_size")
     return q.dims(
         config,
         depths,
         attention=attention,
-        sparse=listed or tuple(i >= dense for i in range(layers)),
+        sparse=gpt.sparse_layers(config, dense=1),
         mtp_sparse=False,
         moe=b.Moe(
             attention.H,
@@ -46,17 +41,9 @@ def places(d: q.Dims) -> Iterator[Placed]:
     """Every block of the model with its prefix in each layout."""
     assert d.mlp is not None
     assert d.moe is not None
-    return q.places(d, q.Kinds(b.llama_attention(d.attention), b.llama_mlp(d.mlp), moe(d.moe)))
-
-
-def moe(d: b.Moe) -> Block:
-    """The router bias is stored beside the router, and held inside it."""
-    block = b.llama_moe(d, bias=BIAS)
-    held = tuple(
-        replace(row, tensor=f"mlp.gate.{BIAS}") if isinstance(row, Rule) and row.params == ("router_bias",) else row
-        for row in block.rows["native"]
-    )
-    return replace(block, rows={**block.rows, "native": held})
+    stored, held = "e_score_correction_bias", "gate.e_score_correction_bias"
+    moe = b.respelled(b.llama_moe(d.moe, bias=stored), "native", (stored, held))
+    return q.places(d, q.Kinds(b.llama_attention(d.attention), b.llama_mlp(d.mlp), moe))
 
 
 def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
@@ -67,13 +54,9 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
 
 def windows(config: Config) -> dict[str, Any]:
     """Layers with a window have rotary positions; in a model with windows, the others have none."""
-    layers = number(config, "num_hidden_layers", MOST)
-    sliding = q.listed(config, "layer_types", q.SLIDING)
-    if sliding is None:
-        interval = optional(config, "sliding_window_pattern", MOST)
-        sliding = tuple(bool(interval and (i + 1) % interval) for i in range(layers))
     if not config.get("sliding_window"):
         return {}
+    sliding = q.sliding_layers(config)
     return {**args.window_args(config, sliding), "no_rope_freq": [int(not s) for s in sliding]}
 
 
@@ -98,7 +81,7 @@ FAMILY = Family(
     megatron_since=(0, 12),
     notes=(
         "The MTP layer is dense. `mtp_share_layers` means that the one stored depth runs several times.",
-        "The router bias keeps its stored dtype under --dtype.",
+        gpt.KEPT_BIAS,
         q.SEVERAL,
         q.COLUMNS,
     ),

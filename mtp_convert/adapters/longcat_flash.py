@@ -60,6 +60,7 @@ def dims(config: Config, depths: int) -> Dims:
             gated=True,
             zero=optional(config, "zero_expert_num", MOST),
             normed=False,
+            wide_router=True,
         ),
     )
 
@@ -150,6 +151,6 @@ FAMILY = Family(
         "no weights, and none are stored here.",
         gpt.COLUMNS,
         gpt.LATENT,
-        gpt.KEPT_BIAS,
+        gpt.KEPT_ROUTER,
     ),
 )

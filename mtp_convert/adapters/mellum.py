@@ -10,27 +10,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from mtp_convert.adapters import _arguments as args
+from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import _qwen as q
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, depth_field, number
 from mtp_convert.mapping.family import Config, ConfigError, Family
 from mtp_convert.mapping.rules import Placed
 
-SPARSE = {"sparse": True, "dense": False}
-
 
 def dims(config: Config, depths: int) -> q.Dims:
     """Read a config.json."""
-    attention, layers = q.attention(config), number(config, "num_hidden_layers", MOST)
+    attention = q.attention(config)
     mtp = config.get("mtp_mlp_layer_types") or ["sparse"]
-    if mtp not in (kinds := [[kind] for kind in SPARSE]):
+    if mtp not in (kinds := [[kind] for kind in gpt.SPARSE]):
         raise ConfigError(f"mtp_mlp_layer_types must be {' or '.join(map(str, kinds))}, got {mtp!r}")
     return q.dims(
         config,
         depths,
         attention=attention,
-        sparse=q.listed(config, "mlp_layer_types", SPARSE) or (True,) * layers,
-        mtp_sparse=SPARSE[mtp[0]],
+        sparse=gpt.sparse_layers(config),
+        mtp_sparse=gpt.SPARSE[mtp[0]],
         moe=b.Moe(
             attention.H,
             E=number(config, "num_local_experts" if "num_local_experts" in config else "num_experts", MOST),
@@ -56,7 +55,7 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
     found = q.megatron_args(
         {**config, "rope_parameters": rope.get("full_attention", rope)}, d, steps, repeated=repeated
     )
-    return {**found, **args.window_args(config, q.listed(config, "layer_types", q.SLIDING) or ())}
+    return {**found, **args.window_args(config, q.sliding_layers(config))}
 
 
 FAMILY = Family(

@@ -13,6 +13,7 @@ from typing import Any
 from mtp_convert.adapters import _qwen as q
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import depth_field
+from mtp_convert.adapters._gpt import TOWER
 from mtp_convert.mapping.family import Config, ConfigError, Family
 from mtp_convert.mapping.rules import Placed
 
@@ -59,7 +60,7 @@ FAMILY = Family(
     bridge_provider="",
     megatron_since=(0, 16),
     notes=(
-        "The vision tower is no part of the language model: it stays behind (--allow-unmapped).",
+        TOWER,
         q.DELTA_NORM,
         q.SEVERAL,
         q.COLUMNS,

@@ -1,8 +1,9 @@
 """Qwen4-Exp (Qwen3.8-Flash-Next): residual streams with gated mixers in place of norms, delta nets, attention with an
 indexer, experts, and embeddings of n-grams in some layers.
 
-Names: transformers `modeling_qwen4_exp.py`; MTP, which transformers leaves out, and Megatron as in mcore-bridge 1.6,
-the only Megatron stack with this model. A release stores n-gram tables in equal shards.
+Names: transformers `modeling_qwen4_exp.py`; MTP, which transformers leaves out, as in mcore-bridge 1.6 and loaders.
+No Megatron-Core release has the model: blocks that it has are named as there, the others as in mcore-bridge's modules.
+A release stores n-gram tables in equal shards.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import _qwen as q
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, number, optional, silent_depth_field
+from mtp_convert.adapters._gpt import TOWER
 from mtp_convert.adapters.blocks.table import block_of, table
 from mtp_convert.mapping.family import Config, ConfigError, Family
 from mtp_convert.mapping.ops import Grouped
@@ -257,10 +259,11 @@ FAMILY = Family(
     bridge_provider="",
     megatron_since=(0, 19),
     notes=(
-        "Megatron names are those of mcore-bridge: no Megatron-Core release has this model.",
+        "Megatron names are ours: Megatron-Core's where it has the block, else those of mcore-bridge's modules (which "
+        "itself stores the projections of a delta net by key head).",
         "e_proj and h_proj are square matrices, hnorm covers all streams, a mixer takes the place of the final norm.",
         "n-gram tables are read in high precision: one float8 scale for all shards of a table is not.",
-        "The vision tower is no part of the language model: it stays behind (--allow-unmapped).",
+        TOWER,
         q.SEVERAL,
     ),
 )

@@ -33,7 +33,6 @@ from mtp_convert.encodings.minifloat import (
 
 Shape = tuple[int, ...]
 Index = npt.NDArray[np.int64]
-SMALLEST_SCALE = np.float32(2.0**-126)  # a subnormal float32 would lose bits, 0 would lose everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +123,7 @@ class Scheme:
             if whole is not None:
                 scales = self.parted(scales, whole)
             if dtype.name == "F8_E4M3":
-                scales = np.maximum(scales, E4M3.table[1])
-            scales = np.maximum(scales, SMALLEST_SCALE)
+                scales = np.maximum(scales, E4M3.table[1])  # 0 would lose the block
             return read_scales(scale_bytes(np.where(largest == 0, np.float32(1), scales), dtype), dtype)
 
     def whole_fits(self, largest: np.float32, whole: np.float32) -> bool:

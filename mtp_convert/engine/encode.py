@@ -46,7 +46,7 @@ class Coder:
     encoded: Encoded
     _unchanged: list[int] = field(default_factory=lambda: [0], init=False, repr=False)  # one bit per strip
     _large: dict[int, Floats] = field(default_factory=dict, init=False, repr=False)
-    _whole: list[tuple[np.float32 | None, bool]] = field(default_factory=list, init=False, repr=False)
+    _whole: list[np.float32] = field(default_factory=list, init=False, repr=False)
 
     def codes(self, reader: Reader, out: Bytes, lo: int, hi: int) -> None:
         """Write bytes [lo, hi) of the codes into `out`."""
@@ -78,7 +78,7 @@ class Coder:
 
     def whole(self, reader: Reader, out: Bytes, lo: int, hi: int) -> None:
         """Write bytes [lo, hi) of the scale of the whole tensor into `out`."""
-        value = np.full(1, _present(self._whole_scale(reader)[0]), dtype=np.float32)
+        value = np.full(1, _present(self._whole_scale(reader)), dtype=np.float32)
         out[:] = scale_bytes(value, _present(self.encoded.whole).dtype)[lo:hi]
 
     def coded(self, reader: Reader, strip: Strip) -> Coded:
@@ -125,30 +125,29 @@ class Coder:
 
     def _rule(self, reader: Reader) -> Rule:
         scales = self.encoded.scales or self.encoded.codes
-        return Rule(self.encoded.scheme, self.dtype, scales.dtype, self._whole_scale(reader)[0])
+        return Rule(self.encoded.scheme, self.dtype, scales.dtype, self._whole_scale(reader))
 
     def _kept(self, reader: Reader, strip: Strip) -> Floats | None:
-        """The scales that a strip had before, where they are known and the scale of the whole tensor is kept."""
+        """The scales that a strip had before, where they are known."""
         scales = self.encoded.scales
         if not self.encoded.scheme.scaled:
             return np.ones((1, 1), dtype=np.float32)
-        if scales is None or not scales.chunks or not self._whole_scale(reader)[1]:
+        if scales is None or not scales.chunks:
             return None
         return block_scales(reader, scales, self.grid, strip.block_rows, strip.block_cols)
 
-    def _whole_scale(self, reader: Reader) -> tuple[np.float32 | None, bool]:
-        """The scale of the whole tensor, and whether it is the one from before. It is kept while block scales exist."""
+    def _whole_scale(self, reader: Reader) -> np.float32 | None:
+        """The scale of the whole tensor: the one from before while it leaves a scale for every block."""
         if self.encoded.whole is None:
-            return None, True
+            return None
         if not self._whole:
             largest = np.float32(0)
             for rows, cols in _parts((0, self.grid.rows), (0, self.grid.cols)):
                 largest = np.fmax(largest, np.fmax.reduce(np.abs(self.values(reader, rows, cols)), axis=None))
-            if np.isinf(largest):
-                raise self._infinite()
             before = whole_scale(reader, self.encoded) if self.encoded.whole.chunks else None
-            keep = before is not None and self.encoded.scheme.whole_fits(largest, before)
-            self._whole.append((before if keep else self.encoded.scheme.fitting_whole(largest), keep))
+            if before is None or not self.encoded.scheme.whole_fits(largest, before):
+                before = self.encoded.scheme.fitting_whole(largest)
+            self._whole.append(before)
         return self._whole[0]
 
     def _large_scale(self, reader: Reader, strip: Strip) -> Floats:

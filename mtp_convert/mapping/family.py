@@ -97,6 +97,7 @@ class Family:
     foreign: fields of a config, or names of tensors, that mean another kind of model; with what it is.
     forms: what a container fixes in the spelling of the Megatron layout.
     nested: words of the Hugging Face layout where the config is a section of a larger model's config.
+    wrappers: model types of larger models, whose section is this family's whatever model type it names itself.
     megatron_args(config, steps, repeated): the training arguments that Megatron-LM's --use-checkpoint-args reads.
     """
 
@@ -117,6 +118,7 @@ class Family:
     foreign: Mapping[str, str] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
     nested: Words = field(default_factory=dict)
+    wrappers: tuple[str, ...] = ()
 
     def layout(self, name: str, dims: Dims, words: Words | None = None) -> Layout:
         """The layout `name` over `dims`, in the released spelling unless `words` say otherwise."""

@@ -150,7 +150,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("words", list(FAMILY.spellings("hf", FAMILY.dims(FULL, 2))), ids=lambda w: "/".join(w.values()))
+@pytest.mark.parametrize(
+    "words", list(FAMILY.spellings("hf", FAMILY.dims(FULL, 2))), ids=lambda w: "/".join(w.values())
+)
 def test_every_hf_spelling_is_found(model: str, words: dict[str, str]) -> None:
     stored, chosen = found("hf", *MODELS[model], words)
     assert chosen.bindings == stored.bindings

@@ -143,7 +143,7 @@ WRONG: list[tuple[Config, str]] = [
     ({"split_ngram_parts": 300}, "empty"),
     ({"hc_count": None}, "hc_count"),
     ({"indexer_n_heads": None}, "indexer_n_heads"),
-    ({"layer_types": ["linear_attention", "sliding_attention", "indexed_attention"]}, "layer_types must name"),
+    ({"layer_types": ["linear_attention", "sliding_attention", "indexed_attention"]}, "layer_types must say"),
     ({"attention_bias": True}, "attention_bias"),
 ]
 

@@ -17,7 +17,7 @@ from mtp_convert.engine import runner
 @contextmanager
 def slow(phase: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """In the place of the progress bar."""
-    yield lambda n: time.sleep(0.05)
+    yield lambda n: time.sleep(0.2)
 
 
 if __name__ == "__main__":

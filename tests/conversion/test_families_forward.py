@@ -16,7 +16,7 @@ from mtp_convert.verify.forward import Forward, predict, relative_error, run_hf
 
 EQUAL = 1e-4  # relative, float32
 SEEN = 1e-3
-RUN = ["deepseek_v3", "nemotron_h", "qwen3_next", "qwen3_5", "mimo"]
+RUN = ["deepseek_v3", "nemotron_h", "qwen3_next", "qwen3_5", "mimo", "glm4_moe"]
 # Swaps that change no number at all, with the reason.
 EQUIVALENT: dict[str, dict[str, str]] = {}
 

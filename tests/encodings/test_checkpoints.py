@@ -11,6 +11,7 @@ import torch
 from _coded import same_bits
 from _kit import (
     AUTOMODEL,
+    FIXTURES,
     Cli,
     Tensors,
     config_of,
@@ -25,6 +26,7 @@ from _reference import E4M3, E8M0, FORMATS, decode
 from _releases import FP8, QUANTIZATION, all_linear, encoded, modelopt, of_format, release, streams
 from safetensors.torch import load_file, save_file
 
+from mtp_convert.adapters import find
 from mtp_convert.checkpoint import open_checkpoint
 from mtp_convert.difference import diff
 from mtp_convert.errors import ConvertError
@@ -173,6 +175,31 @@ class TestSameLayout:
         source, _ = modelopt(tmp_path / "source")
         convert(source, tmp_path / "same", "hf")
         assert differing(source, tmp_path / "same") == []
+
+    def test_codes_below_a_nan_scale_are_copied(self, tmp_path: Path) -> None:
+        """Their values cannot tell the codes any more, so nothing but a copy keeps them."""
+        source, _ = of_format(tmp_path / "source", "mxfp4_packed")
+        raw = weights(source)
+        name = next(n for n in raw if n.endswith("weight_scale"))
+        raw[name][0, 0] = 255
+        broken = hf_folder(tmp_path / "broken", raw, config_of(source))
+        convert(broken, tmp_path / "same", "hf", words={"trunk": "model"})
+        found = weights(tmp_path / "same")
+        assert all(same_bits(t, found[n.replace("backbone.", "model.")]) for n, t in raw.items())
+
+    def test_codes_cannot_be_stacked(self, tmp_path: Path) -> None:
+        config = json.loads((FIXTURES / "configs" / "deepseek_v3.json").read_text())
+        family, _ = find(config)
+        layout = family.layout("hf", family.dims(config, family.depths.declared(config)))
+        values = {b.tensor: torch.randn(b.shape) for b in layout.bindings.values()}
+        raw, _ = encoded(values, lambda n: "fp8_block" if ".experts." in n else None)
+        source = hf_folder(tmp_path / "source", raw, {**config, "quantization_config": FP8})
+        with pytest.raises(ConvertError) as caught:
+            convert(source, tmp_path / "stacked", "hf", words={"experts": "stacked"})
+        assert caught.value.code == "MTP028"
+        assert "--encoding bf16" in caught.value.hint
+        convert(source, tmp_path / "plain", "hf", words={"experts": "stacked"}, encoding="bf16")
+        assert [n for n in weights(tmp_path / "plain") if n.endswith("experts.down_proj")]
 
     def test_bf16_decodes(self, tmp_path: Path) -> None:
         source, meant = modelopt(tmp_path / "source")

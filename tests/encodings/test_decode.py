@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,18 +168,21 @@ def test_without_scales_values_are_the_codes(tmp_path: Path) -> None:
     assert same_bits(read(tensor, "same", "same", (6, 8))[WEIGHT], codes.float())
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_strips_are_bounded(turned: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0)], ids=["rows first", "columns first"])
+@pytest.mark.parametrize("step", [1, 1000], ids=["dense", "spread"])
+@pytest.mark.parametrize("format", ["fp8_block", "mxfp4"])
+def test_strips_are_bounded(format: str, dims: tuple[int, int], step: int, tmp_path: Path) -> None:
     """However large a tensor is, a strip's codes and scales are not: only headers are looked at here."""
-    rows, cols = 1 << 20, 1 << 16
-    tensor = on_disk(tmp_path, FORMATS["fp8_block"](weight((128, 128))), BLOCKS)
-    huge = type(tensor)(tensor.name, tensor.dtype, (rows, cols), tensor.chunks, tensor.encoding)
-    dims = (1, 0) if turned else (0, 1)
-    sizes = (512, 4096)  # a window of 4 MiB
-    side = Side((5, 77), dims, (1, 1))
+    tensor = on_disk(tmp_path, FORMATS[format](weight((128, 128))), said(format))
+    huge = replace(tensor, shape=(1 << 20, 1 << 16))
+    assert huge.encoding is not None
+    grid = huge.encoding.scheme.grid(huge.shape)
+    sizes = (512, 4096) if dims == (0, 1) else (4096, 512)  # a window of 4 MiB
+    side = Side((5, 77), dims, tuple(step if d == 0 else 1 for d in dims))
     boxes = list(coded.strips(huge, side, sizes))
-    walked = [coded.walks(huge.shape, side.moved(origin), part) for origin, part in boxes]
     assert sum(a * b for _, (a, b) in boxes) == 512 * 4096
-    assert len(boxes) > 4
-    for over_rows, over_cols in walked:
-        assert over_rows.span * over_cols.span <= coded.STRIP
+    assert len({origin for origin, _ in boxes}) == len(boxes) > 4
+    for origin, part in boxes:
+        rows, cols = coded.walks(huge.shape, side.moved(origin), part)
+        assert rows.sizes[0] * cols.span <= coded.STRIP
+        assert (rows.span / grid.height) * (cols.span / grid.width) <= 2 * coded.STRIP

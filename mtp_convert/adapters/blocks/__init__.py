@@ -28,11 +28,13 @@ from mtp_convert.adapters.blocks.decoder import (
     places,
 )
 from mtp_convert.adapters.blocks.delta_net import DeltaNet, delta_net, qwen_delta_net
+from mtp_convert.adapters.blocks.kda import Kda, kda, kimi_kda
 from mtp_convert.adapters.blocks.mamba import Mamba, hf_mamba_rows, mamba
 from mtp_convert.adapters.blocks.mla import Indexer, Mla, deepseek_mla, mla
 from mtp_convert.adapters.blocks.mlp import Mlp, llama_mlp, mlp
 from mtp_convert.adapters.blocks.moe import Moe, llama_moe, moe
 from mtp_convert.adapters.blocks.mtp import hf_fusion, mtp_final_norm, mtp_fusion
+from mtp_convert.adapters.blocks.streams import hyper_connection
 
 __all__ = [
     "MEGATRON",
@@ -45,6 +47,7 @@ __all__ = [
     "Depth",
     "HfPrefixes",
     "Indexer",
+    "Kda",
     "Layer",
     "Mamba",
     "Mla",
@@ -57,7 +60,10 @@ __all__ = [
     "hf_fusion",
     "hf_mamba_rows",
     "homogeneous",
+    "hyper_connection",
     "joined",
+    "kda",
+    "kimi_kda",
     "llama_attention",
     "llama_mlp",
     "llama_moe",

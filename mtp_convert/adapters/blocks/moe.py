@@ -18,7 +18,8 @@ class Moe:
 
     router_bias: a bias added to the scores for the choice alone. shared_gate: the shared expert has a sigmoid gate.
     scored: shared experts that the router scores, behind the others. zero: experts without weights that it may choose,
-    behind the others. normed: whether the block has a norm of its own.
+    behind the others. normed: whether the block has a norm of its own. wide_router: the router's weight is released in
+    float32, and stays in its stored dtype when everything else is cast.
     """
 
     H: int
@@ -32,6 +33,7 @@ class Moe:
     scored: int = 0
     zero: int = 0
     normed: bool = True
+    wide_router: bool = False
 
     @property
     def first(self) -> tuple[str, ...]:
@@ -44,7 +46,7 @@ def moe(d: Moe) -> Block:
     L = d.latent or d.H
     params = [
         *([Param("norm", (d.H,))] if d.normed else []),
-        Param("router", (d.E + d.scored + d.zero, d.H)),
+        Param("router", (d.E + d.scored + d.zero, d.H), high_precision=d.wide_router),
         *(Param(f"experts.{{e}}.{p}", (d.I, L), cut=0) for p in d.first),
         Param("experts.{e}.down", (L, d.I), cut=1),
     ]

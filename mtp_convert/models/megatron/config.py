@@ -17,8 +17,19 @@ from mtp_convert.models.megatron import config_args, config_hf
 from mtp_convert.models.megatron.hybrid_pattern import ATTENTION, GDN, MAMBA, MLA, MLP, MOE, HybridPattern
 from mtp_convert.models.megatron.placement import PipelineParallelLayerLayout
 
+COMPRESSED = "C"  # compressed attention, a block of GPT models alone
+
 # block -> the sizes that it cannot do without
 _SIZES = {
+    COMPRESSED: (
+        "num_attention_heads",
+        "q_lora_rank",
+        "qk_pos_emb_head_dim",
+        "v_head_dim",
+        "o_groups",
+        "o_lora_rank",
+        "csa_window_size",
+    ),
     ATTENTION: ("num_attention_heads", "num_query_groups", "kv_channels"),
     MLA: ("num_attention_heads", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
     MLP: ("ffn_hidden_size",),
@@ -38,6 +49,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "activation": ("silu", "gelu", "squared_relu"),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
     "rope_type": ("rope", "yarn"),
+    "experimental_attention_variant": (None, "gated_delta_net", "dsv4_hybrid"),
     "moe_router_score_function": ("softmax", "sigmoid", "sqrtsoftplus"),
     "recompute_granularity": (None, "full"),
 }
@@ -78,6 +90,7 @@ class TransformerConfig:
     ffn_hidden_size: int = 0
     gated_linear_unit: bool = False
     activation: str = "silu"
+    activation_func_clamp_value: float | None = None  # largest gate, and largest absolute value beside it
 
     multi_latent_attention: bool = False
     q_lora_rank: int | None = None
@@ -92,6 +105,22 @@ class TransformerConfig:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+
+    experimental_attention_variant: str | None = None  # "dsv4_hybrid": compressed attention, a kind of latent attention
+    csa_compress_ratios: tuple[int, ...] = ()  # of every layer and every MTP layer; 0: a window alone
+    csa_window_size: int = 0
+    csa_compress_rotary_base: float = 40000.0  # of layers with compressed keys
+    o_groups: int = 0  # of heads, for the output projection
+    o_lora_rank: int = 0  # of each of them
+    dsa_indexer_n_heads: int = 0
+    dsa_indexer_head_dim: int = 0
+    dsa_indexer_topk: int = 0  # compressed keys that a token sees, in layers of ratio 4
+
+    enable_hyper_connections: bool = False
+    num_residual_streams: int = 4
+    mhc_sinkhorn_iterations: int = 20
+    mhc_init_gating_factor: float = 0.01
+    mhc_epsilon: float = 1e-6
 
     linear_attention_freq: int | tuple[int, ...] | None = None  # N: full attention every Nth layer; list: 1 is linear
     linear_conv_kernel_dim: int = 0
@@ -114,6 +143,8 @@ class TransformerConfig:
     moe_router_pre_softmax: bool = False
     moe_router_enable_expert_bias: bool = False
     moe_router_topk_scaling_factor: float | None = None
+    moe_n_hash_layers: int = 0  # first layers, whose experts a table of token ids chooses
+    actual_vocab_size: int = 0  # rows of that table
 
     hybrid_layer_pattern: str | None = None  # see HybridPattern; makes the model a hybrid
     mamba_num_heads: int = 0
@@ -187,8 +218,15 @@ class TransformerConfig:
         return (
             self.moe_layer_freq == 1
             and self.linear_attention_freq in (None, 1)
+            and not self.moe_n_hash_layers
+            and not self.compressed_attention
             and not self.hetereogenous_dist_checkpoint
         )
+
+    @property
+    def compressed_attention(self) -> bool:
+        """Whether layers have the attention of DeepSeek-V4."""
+        return self.experimental_attention_variant == "dsv4_hybrid"
 
     @property
     def mtp_stored_layers(self) -> int:
@@ -207,6 +245,7 @@ class TransformerConfig:
         if self.hybrid is not None:
             return self.hybrid.main + self.hybrid.mtp
         attention = MLA if self.multi_latent_attention else ATTENTION
+        attention = COMPRESSED if self.compressed_attention else attention
         mixers = {GDN if linear else attention for linear in self.linear_attention_layers}
         return "".join(sorted(mixers | {MOE if experts else MLP for experts in self.moe_layers}))
 
@@ -219,6 +258,8 @@ class TransformerConfig:
         if not wrong:  # else it is not known which blocks there are
             yield from self._wrong_blocks()
         yield from self._wrong_counts()
+        yield from self._wrong_compression()
+        yield from self._wrong_experiments()
 
     def _wrong_frequencies(self) -> Iterator[str]:
         for name in ("moe_layer_freq", "linear_attention_freq"):
@@ -255,3 +296,28 @@ class TransformerConfig:
             depths = self.mtp_stored_layers if self.hybrid.mtp_depths == 1 else self.mtp_num_layers or 0
             if self.hybrid.mtp_depths != depths:
                 yield f"{self.hybrid.mtp_depths} MTP depths in the pattern, mtp_num_layers is {self.mtp_num_layers}"
+
+    def _wrong_compression(self) -> Iterator[str]:
+        if not self.compressed_attention:
+            return
+        ratios, layers = self.csa_compress_ratios, self.num_layers + self.mtp_stored_layers
+        if len(ratios) < layers:
+            yield f"csa_compress_ratios has {len(ratios)} entries for {layers} layers, MTP layers included"
+        if wrong := [ratio for ratio in ratios if ratio < 0 or ratio == 1]:
+            yield f"csa_compress_ratios holds {wrong}, expected 0 or 2 and more"
+        indexer = ("dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk")
+        if 4 in ratios and (missing := [name for name in indexer if not getattr(self, name)]):
+            yield f"sizes missing for layers of ratio 4: {', '.join(missing)}"
+        if self.o_groups and self.num_attention_heads * self.v_head_dim % self.o_groups:
+            yield f"{self.num_attention_heads} heads of {self.v_head_dim} do not divide among o_groups {self.o_groups}"
+        if not self.multi_latent_attention or self.transformer_impl != "transformer_engine":
+            yield 'dsv4_hybrid needs multi_latent_attention and transformer_impl="transformer_engine"'
+
+    def _wrong_experiments(self) -> Iterator[str]:
+        """Settings that few models have, and that exclude others."""
+        if self.hybrid is not None and (self.enable_hyper_connections or self.compressed_attention):
+            yield "hyper-connections and dsv4_hybrid attention are not supported in models with a layer pattern"
+        if self.moe_n_hash_layers and not self.actual_vocab_size:
+            yield "moe_n_hash_layers needs actual_vocab_size"
+        if self.activation_func_clamp_value is not None and not self.gated_linear_unit:
+            yield "activation_func_clamp_value needs gated_linear_unit"

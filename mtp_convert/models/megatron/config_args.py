@@ -19,7 +19,9 @@ _RENAMED = {
 }
 # Settings that change the numbers and are not implemented, with the values under which they change nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "experimental_attention_variant": (None, "gated_delta_net"),
+    "experimental_attention_variant": (None, "gated_delta_net", "dsv4_hybrid"),
+    "csa_dense_mode": (None, False),
+    "mhc_single_pass": (None, False),
     "softmax_type": (None, "vanilla"),
     "window_size": (None,),
     "use_rope_scaling": (None, False),
@@ -32,10 +34,8 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "apply_residual_connection_post_layernorm": (None, False),
     "moe_apply_probs_on_input": (None, False),
     "moe_expert_capacity_factor": (None,),
-    "activation_func_clamp_value": (None,),
     "glu_linear_offset": (None, 0, 0.0),
     "mla_down_proj_fusion": (None, False),
-    "enable_hyper_connections": (None, False),
     "enable_mhc_connections": (None, False),
     "heterogeneous_layers_config_path": (None,),
 }
@@ -51,7 +51,7 @@ def settings(args: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
     found = {n: v for n, v in args.items() if n in known and v is not None}
     found |= {field: args[n] for n, field in _RENAMED.items() if args.get(n) is not None}
     found |= _attention(args) | _feed_forward(args) | _vocabulary(args) | _pattern(args) | _stages(args)
-    for name in ("moe_layer_freq", "linear_attention_freq"):
+    for name in ("moe_layer_freq", "linear_attention_freq", "csa_compress_ratios"):
         if isinstance(found.get(name), list):
             found[name] = tuple(found[name])
     if isinstance(dtype := found.get("params_dtype"), str):

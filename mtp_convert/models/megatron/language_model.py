@@ -69,6 +69,8 @@ class LanguageModel(MegatronModule, ABC):
             self.embedding = LanguageModelEmbedding(config, groups)
         self.decoder = self._build_decoder()
         if mtp_spec is not None:
+            if config.enable_hyper_connections and self.decoder.norm_name is None:
+                raise ValueError("MTP layers need the streams of the last decoder layer, which is on another stage")
             self.mtp = MultiTokenPredictionBlock(config, mtp_spec, vp_stage, groups)
         if self.post_process:
             own = not (config.share_embeddings_and_output_weights and self.pre_process)
@@ -132,7 +134,10 @@ class LanguageModel(MegatronModule, ABC):
         *,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """This stage's output [S, B, H], and those of all depths behind it where MTP layers are [(1 + D) * S, B, H]."""
+        """This stage's output [S, B, H], and those of all depths behind it where MTP layers are [(1 + D) * S, B, H].
+
+        With hyper-connections the stages before the last decoder layer give streams [S, B, n * H].
+        """
         self._check_groups()
         places = token_positions(input_ids.shape[1], packed_seq_params, input_ids.device)
         if position_ids is None:
@@ -142,7 +147,9 @@ class LanguageModel(MegatronModule, ABC):
         angles = None
         if self.config.position_embedding_type == "rope" and not self.config.multi_latent_attention:
             angles = rotary_angles(places, self.config)
-        hidden: Tensor = self.decoder(decoder_input, attention_mask, angles, packed_seq_params)
+        run = (decoder_input, attention_mask, angles, packed_seq_params, input_ids)
+        streams = self.decoder.run_layers(*run) if self.config.enable_hyper_connections else None
+        hidden: Tensor = self.decoder(*run) if streams is None else self.decoder.finish(streams)
         if self.mtp_process:
             hidden = self.mtp(
                 input_ids,
@@ -152,6 +159,7 @@ class LanguageModel(MegatronModule, ABC):
                 rotary_pos_emb=angles,
                 packed_seq_params=packed_seq_params,
                 embedding=self.embedding,
+                mhc_multistream=streams,
             )
         return hidden
 

@@ -7,9 +7,16 @@ from typing import Any
 
 from mtp_convert.models.megatron.attention import SelfAttention, SelfAttentionSubmodules
 from mtp_convert.models.megatron.backends import BackendSpecProvider, TESpecProvider, get_backend
+from mtp_convert.models.megatron.compressed_attention import (
+    CompressedSelfAttention,
+    CompressedSelfAttentionSubmodules,
+    CompressedSparseAttention,
+)
+from mtp_convert.models.megatron.compressed_keys import CompressorSubmodules
 from mtp_convert.models.megatron.config import TransformerConfig
 from mtp_convert.models.megatron.gdn import GatedDeltaNet, GatedDeltaNetSubmodules
 from mtp_convert.models.megatron.hybrid_pattern import ATTENTION, GDN, MAMBA, MLA, MLP, MOE
+from mtp_convert.models.megatron.hyper_connection import HyperConnection
 from mtp_convert.models.megatron.mamba import MambaMixer, MambaMixerSubmodules
 from mtp_convert.models.megatron.mla import MLASelfAttention, MLASelfAttentionSubmodules
 from mtp_convert.models.megatron.mlp import MLP as FeedForward
@@ -36,18 +43,34 @@ _LOCAL_KEYS = {
 }
 
 
-def get_gpt_layer_spec(config: TransformerConfig, *, experts: bool, linear_attention: bool = False) -> ModuleSpec:
-    """A layer of a GPT model: attention and feed-forward, of the kinds given."""
+def get_gpt_layer_spec(
+    config: TransformerConfig,
+    *,
+    experts: bool,
+    linear_attention: bool = False,
+    compress_ratio: int | None = None,
+    hashed: bool = False,
+) -> ModuleSpec:
+    """A layer of a GPT model: attention and feed-forward, of the kinds given.
+
+    `compress_ratio` makes attention a compressed one; experts of a `hashed` layer are chosen by token id.
+    """
     backend = get_backend(config)
     fused = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm()
-    attention = gated_delta_net_spec(config, backend) if linear_attention else attention_spec(config, backend)
+    if compress_ratio is not None:
+        attention = compressed_attention_spec(backend, compress_ratio)
+    else:
+        attention = gated_delta_net_spec(config, backend) if linear_attention else attention_spec(config, backend)
     latent = config.multi_latent_attention and not linear_attention
+    connection = HyperConnection if config.enable_hyper_connections else None
     submodules = TransformerLayerSubmodules(
         input_layernorm=None if fused and not latent else norm,
         self_attention=attention,
         pre_mlp_layernorm=None if fused and not experts else norm,
-        mlp=moe_spec(config, backend) if experts else mlp_spec(config, backend),
+        mlp=moe_spec(config, backend, hashed=hashed) if experts else mlp_spec(config, backend),
+        self_attention_hyper_connection=connection,
+        mlp_hyper_connection=connection,
         sharded_state_dict_keys_map={} if fused or latent else _LOCAL_KEYS,
     )
     return ModuleSpec(TransformerLayer, submodules=submodules)
@@ -55,8 +78,24 @@ def get_gpt_layer_spec(config: TransformerConfig, *, experts: bool, linear_atten
 
 def get_gpt_decoder_layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
     """Every layer of the whole decoder."""
-    kinds = zip(config.moe_layers, config.linear_attention_layers, strict=True)
-    return [get_gpt_layer_spec(config, experts=moe, linear_attention=linear) for moe, linear in kinds]
+    return [_gpt_layer_spec(config, layer) for layer in range(config.num_layers)]
+
+
+def get_gpt_mtp_layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
+    """The layer inside every MTP layer: like the decoder's last, with a compress ratio and routing of its own."""
+    return [_gpt_layer_spec(config, config.num_layers + depth) for depth in range(config.mtp_stored_layers)]
+
+
+def _gpt_layer_spec(config: TransformerConfig, layer: int) -> ModuleSpec:
+    """Layer number `layer`, from 0; those of MTP layers follow the decoder's."""
+    kind = min(layer, config.num_layers - 1)
+    return get_gpt_layer_spec(
+        config,
+        experts=config.moe_layers[kind],
+        linear_attention=config.linear_attention_layers[kind],
+        compress_ratio=config.csa_compress_ratios[layer] if config.compressed_attention else None,
+        hashed=layer < min(config.moe_n_hash_layers, config.num_layers),
+    )
 
 
 def get_gpt_decoder_block_spec(
@@ -74,8 +113,9 @@ def get_gpt_mtp_block_spec(
     """The MTP layers of one stage, each around a layer like the last of the decoder; None where there are none."""
     if not get_mtp_num_layers_to_build(config, vp_stage, pp_rank):
         return None
-    layer = get_mtp_layer_spec_for_backend(get_gpt_decoder_layer_specs(config)[-1], get_backend(config))
-    return MultiTokenPredictionBlockSubmodules([layer] * config.mtp_stored_layers)
+    backend = get_backend(config)
+    inner = get_gpt_mtp_layer_specs(config)
+    return MultiTokenPredictionBlockSubmodules([get_mtp_layer_spec_for_backend(layer, backend) for layer in inner])
 
 
 def get_hybrid_stack_spec(
@@ -144,6 +184,20 @@ def attention_spec(config: TransformerConfig, backend: BackendSpecProvider) -> M
     )
 
 
+def compressed_attention_spec(backend: BackendSpecProvider, ratio: int) -> ModuleSpec:
+    """Compressed attention whose keys behind the window stand for `ratio` tokens each; 0 for the window alone."""
+    inner = CompressorSubmodules(backend.linear(), backend.layer_norm())
+    submodules = CompressedSelfAttentionSubmodules(
+        linear_q_down_proj=backend.linear(),
+        linear_q_up_proj=backend.column_parallel_linear(),
+        linear_kv_proj=backend.column_parallel_linear(),
+        core_attention=ModuleSpec(CompressedSparseAttention, submodules=inner),
+        linear_proj=backend.row_parallel_linear(),
+        layernorm=backend.layer_norm(),
+    )
+    return ModuleSpec(CompressedSelfAttention, params={"compress_ratio": ratio}, submodules=submodules)
+
+
 def gated_delta_net_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
     """Linear attention; ValueError for a backend that cannot normalise inside a linear."""
     in_proj = backend.column_parallel_layer_norm_linear()
@@ -159,14 +213,14 @@ def mlp_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleS
     return ModuleSpec(FeedForward, submodules=MLPSubmodules(fc1, backend.row_parallel_linear()))
 
 
-def moe_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
-    """A mixture of experts."""
+def moe_spec(config: TransformerConfig, backend: BackendSpecProvider, *, hashed: bool = False) -> ModuleSpec:
+    """A mixture of experts, `hashed` if a table of token ids chooses them."""
     linears = MLPSubmodules(backend.column_parallel_linear(), backend.row_parallel_linear())
     submodules = MoESubmodules(
         experts=backend.grouped_mlp_modules(config.moe_grouped_gemm),
         shared_experts=ModuleSpec(SharedExpertMLP, submodules=linears),
     )
-    return ModuleSpec(MoELayer, submodules=submodules)
+    return ModuleSpec(MoELayer, params={"hashed": hashed}, submodules=submodules)
 
 
 def _mamba_layer(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:

@@ -29,6 +29,8 @@ def activate(x: Tensor, config: TransformerConfig) -> Tensor:
     if not config.gated_linear_unit:
         return activation(x)
     gate, up = x.chunk(2, -1)
+    if (limit := config.activation_func_clamp_value) is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return activation(gate) * up
 
 

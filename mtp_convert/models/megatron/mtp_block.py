@@ -39,6 +39,8 @@ def get_mtp_layer_spec_for_backend(transformer_layer_spec: ModuleSpec, backend: 
         eh_proj=backend.column_parallel_linear(),
         transformer_layer=transformer_layer_spec,
         layer_norm=norm,
+        e_proj=backend.column_parallel_linear(),
+        h_proj=backend.column_parallel_linear(),
     )
     return ModuleSpec(MultiTokenPredictionLayer, submodules=submodules)
 
@@ -117,15 +119,19 @@ class MultiTokenPredictionBlock(MegatronModule):
         sequence_len_offset: Tensor | None = None,
         extra_block_kwargs: Mapping[str, Any] | None = None,
         embedding: Embedding | None = None,
+        mhc_multistream: Tensor | None = None,
     ) -> Tensor:
         """[(1 + D) * S, B, H]: the hidden states [S, B, H] that came in and those of every depth, one after another.
 
-        See MultiTokenPredictionLayer for the arguments; `extra_block_kwargs` are more of them.
+        See MultiTokenPredictionLayer for the arguments; `extra_block_kwargs` are more of them. `mhc_multistream`
+        [S, B, n * H] are the streams behind `hidden_states`, from which the depths go on if there are any.
         """
         parts = list(hidden_states.chunk(1 + self._offset))
-        hidden = parts[-1].detach() if self.config.mtp_detach_heads else parts[-1]
+        hidden = parts[-1] if mhc_multistream is None else mhc_multistream
+        hidden = hidden.detach() if self.config.mtp_detach_heads else hidden
         for depth in range(self.config.mtp_num_layers or 0):
             layer = self.layers[0 if self.config.mtp_use_repeated_layer else depth]
+            assert isinstance(layer, MultiTokenPredictionLayer)
             hidden, input_ids, position_ids = layer(
                 input_ids,
                 position_ids,
@@ -143,7 +149,7 @@ class MultiTokenPredictionBlock(MegatronModule):
                 embedding=embedding,
                 **(extra_block_kwargs or {}),
             )
-            parts.append(hidden)
+            parts.append(hidden if mhc_multistream is None else layer._postprocess(hidden))
         return torch.cat(parts)
 
     def sharded_state_dict(

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_convert.models.megatron.config import TransformerConfig
 from mtp_convert.models.megatron.groups import ProcessGroupCollection, use_groups
-from mtp_convert.models.megatron.module import MegatronModule, Metadata
+from mtp_convert.models.megatron.hyper_connection import StreamHead
+from mtp_convert.models.megatron.module import Metadata
 from mtp_convert.models.megatron.packed import PackedSeqParams
 from mtp_convert.models.megatron.placement import get_mtp_layer_offset
 from mtp_convert.models.megatron.roll import roll_tensor
@@ -34,18 +35,25 @@ Embedding = Callable[..., Tensor]  # input_ids, position_ids [B, S] -> [S, B, H]
 
 @dataclass
 class MultiTokenPredictionLayerSubmodules:
-    """The modules inside an MTP layer: norms of embedding and hidden states, projection, inner layer, final norm."""
+    """The modules inside an MTP layer: norms of embedding and hidden states, projection, inner layer, final norm.
+
+    With hyper-connections `e_proj` and `h_proj` take the place of the one projection.
+    """
 
     enorm: Any = None
     hnorm: Any = None
     eh_proj: Any = None
     transformer_layer: Any = None
     layer_norm: Any = None
+    e_proj: Any = None
+    h_proj: Any = None
 
 
-class MultiTokenPredictionLayer(MegatronModule):
+class MultiTokenPredictionLayer(StreamHead):
     """h' = final_layernorm(inner(eh_proj([enorm(embedding of the next token); hnorm(h)]))).
 
+    With hyper-connections h and h' are streams, every one of them gets e_proj(enorm(embedding)) + h_proj(hnorm(h)), and
+    `_postprocess` mixes and normalises them for the output layer alone.
     The inner layer, a TransformerLayer or a stack, goes by the name that `config.megatron_version` gives it.
     `layer_number` counts depths from 1.
     """
@@ -66,7 +74,12 @@ class MultiTokenPredictionLayer(MegatronModule):
             self.layer_number = layer_number + get_mtp_layer_offset(config, vp_stage)
         self.enorm = build_module(submodules.enorm, config, size, groups)
         self.hnorm = build_module(submodules.hnorm, config, size, groups)
-        self.eh_proj = build_module(submodules.eh_proj, 2 * size, size, config=config, pg_collection=groups)
+        if config.enable_hyper_connections:
+            self.add_head()
+            self.e_proj = build_module(submodules.e_proj, size, size, config=config, pg_collection=groups)
+            self.h_proj = build_module(submodules.h_proj, size, size, config=config, pg_collection=groups)
+        else:
+            self.eh_proj = build_module(submodules.eh_proj, 2 * size, size, config=config, pg_collection=groups)
         self.add_module(config.mtp_inner_name, build_module(submodules.transformer_layer, config, pg_collection=groups))
         self.final_layernorm = build_module(submodules.layer_norm, config, size, groups)
 
@@ -88,7 +101,14 @@ class MultiTokenPredictionLayer(MegatronModule):
         return input_ids, position_ids, decoder_input, hidden_states
 
     def _concat_embeddings(self, hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
-        """[S, B, H]: columns 0 to H - 1 of `eh_proj` meet the embedding, columns H to 2H - 1 the hidden states."""
+        """[S, B, H]: columns 0 to H - 1 of `eh_proj` meet the embedding, columns H to 2H - 1 the hidden states.
+
+        Of streams [S, B, n * H], as many again.
+        """
+        if self.config.enable_hyper_connections:
+            streams = torch.unflatten(hidden_states, -1, (self.config.num_residual_streams, -1))
+            summed: Tensor = self.h_proj(self.hnorm(streams)) + self.e_proj(self.enorm(decoder_input))[:, :, None]
+            return summed.flatten(2)
         fused: Tensor = self.eh_proj(torch.cat((self.enorm(decoder_input), self.hnorm(hidden_states)), -1))
         return fused
 
@@ -107,7 +127,7 @@ class MultiTokenPredictionLayer(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         sequence_len_offset: Tensor | None = None,
     ) -> Tensor:
-        """The next depth's hidden states [S, B, H] from this one's and the embeddings of the next tokens."""
+        """The next depth's hidden states [S, B, H], or streams, from this one's and the next tokens' embeddings."""
         hidden_states = self._concat_embeddings(hidden_states, decoder_input)
         inner = getattr(self, self.config.mtp_inner_name)
         hidden_states = inner(
@@ -116,11 +136,13 @@ class MultiTokenPredictionLayer(MegatronModule):
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
         )
-        return self._postprocess(hidden_states)
+        streams: Tensor = hidden_states
+        return streams if self.config.enable_hyper_connections else self._postprocess(hidden_states)
 
     def _postprocess(self, hidden_states: Tensor) -> Tensor:
-        """The final norm [S, B, H], whose output the shared head and the next depth read."""
-        normed: Tensor = self.final_layernorm(hidden_states)
+        """The final norm [S, B, H], whose output the shared head reads, and the next depth if there are no streams."""
+        mixed = self.contract(hidden_states) if self.config.enable_hyper_connections else hidden_states
+        normed: Tensor = self.final_layernorm(mixed)
         return normed
 
     def _checkpointed_forward(self, forward_func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
@@ -159,9 +181,9 @@ class MultiTokenPredictionLayer(MegatronModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run one depth.
 
-        `input_ids` and `position_ids` [B, S] and `hidden_states` [S, B, H] are the previous depth's; the same three
-        come back for this depth, hidden states first. `rotary_pos_emb` [S, 1, 1, R] is the main model's. ValueError for
-        arguments that MTP layers cannot use: cross attention, biases of the scores, caches.
+        `input_ids` and `position_ids` [B, S] and `hidden_states` [S, B, H] (or streams [S, B, n * H]) are the previous
+        depth's; the same three come back for this depth, hidden states first. `rotary_pos_emb` [S, 1, 1, R] is the main
+        model's. ValueError for arguments that MTP layers cannot use: cross attention, biases of the scores, caches.
         """
         unused = {"context": context, "attention_bias": attention_bias, "inference_params": inference_params}
         if given := [name for name, value in unused.items() if value is not None]:

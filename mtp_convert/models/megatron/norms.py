@@ -16,13 +16,18 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def unit_rms(x: Tensor, epsilon: float) -> Tensor:
+    """`x` [..., H] with a root mean square of one along its last axis."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+
 def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: TransformerConfig) -> Tensor:
     """Normalise the last axis as the model does; the result has the dtype of `x`."""
     wide, gain = widen(x), widen(weight)
     if config.layernorm_zero_centered_gamma:
         gain = gain + 1
     if config.normalization == "RMSNorm":
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.layernorm_epsilon) * gain
+        normed = unit_rms(wide, config.layernorm_epsilon) * gain
     else:
         shift = None if bias is None else widen(bias)
         normed = F.layer_norm(wide, (x.shape[-1],), gain, shift, config.layernorm_epsilon)

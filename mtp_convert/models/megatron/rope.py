@@ -46,11 +46,30 @@ def latent_attention_angles(positions: Tensor, config: TransformerConfig) -> tup
     frequencies = _frequencies(config.qk_pos_emb_head_dim, config.rotary_base, positions.device)
     factor = 1.0
     if config.rope_type == "yarn":
-        frequencies = _yarn(frequencies, config)
+        frequencies = _yarn(frequencies, config, config.rotary_base)
         factor = yarn_mscale(config.rotary_scaling_factor, config.mscale)
         factor /= yarn_mscale(config.rotary_scaling_factor, config.mscale_all_dim)
     angles = torch.outer(positions.float(), frequencies)
     return torch.cat((angles, angles), -1)[:, None, None, :], factor
+
+
+def compressed_attention_angles(positions: Tensor, config: TransformerConfig, *, compressed: bool) -> Tensor:
+    """Angles [S, 1, 1, R], for neighbours that turn together; layers with `compressed` keys have a base of their own.
+
+    Only their context is extended, and without YaRN's correction of attention.
+    """
+    base = config.csa_compress_rotary_base if compressed else config.rotary_base
+    frequencies = _frequencies(config.qk_pos_emb_head_dim, base, positions.device)
+    if compressed:
+        frequencies = _yarn(frequencies, config, base)
+    return torch.outer(positions.float(), frequencies).repeat_interleave(2, -1)[:, None, None, :]
+
+
+def rotate_last(x_SBNC: Tensor, angles: Tensor) -> Tensor:
+    """Turn the last R values of every head, neighbours together, by `angles` [S, 1, 1, R]; the others stay."""
+    rotated = angles.shape[-1]
+    turned = rotate(x_SBNC[..., -rotated:], angles, interleaved=True)
+    return torch.cat((x_SBNC[..., :-rotated], turned), -1)
 
 
 def rotate(
@@ -85,13 +104,13 @@ def _frequencies(size: int, base: float, device: torch.device) -> Tensor:
     return 1.0 / base**exponents
 
 
-def _yarn(frequencies: Tensor, config: TransformerConfig) -> Tensor:
+def _yarn(frequencies: Tensor, config: TransformerConfig, base: float) -> Tensor:
     """Frequencies that turn often in the original context stay, slow ones are divided, with a ramp between."""
     size, context = config.qk_pos_emb_head_dim, config.original_max_position_embeddings
 
     def place(turns: float) -> float:
         """Index of the frequency that turns so often in the original context."""
-        return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rotary_base))
+        return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low = max(math.floor(place(config.beta_fast)), 0)
     high = min(math.ceil(place(config.beta_slow)), size - 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mtp_convert.models.megatron.config import TransformerConfig
 from mtp_convert.models.megatron.groups import ProcessGroupCollection
+from mtp_convert.models.megatron.hyper_connection import StreamHead, expand
 from mtp_convert.models.megatron.module import MegatronModule, Metadata
 from mtp_convert.models.megatron.packed import PackedSeqParams
 from mtp_convert.models.megatron.sharding import Offset, ShardedStateDict, replace_prefix_for_sharding
@@ -24,9 +25,10 @@ class TransformerBlockSubmodules:
     layer_norm: Any = None
 
 
-class LayerStack(MegatronModule):
+class LayerStack(StreamHead):
     """Layers in order, then a final norm if `norm_name` says under which name there is one.
 
+    With hyper-connections the first stage makes streams of its input, and the final norm follows a mix of them.
     `layer_offset` is the number of the model's layers on earlier stages. The first stage gets its input by call, later
     ones by `set_input_tensor`.
     """
@@ -51,6 +53,8 @@ class LayerStack(MegatronModule):
         )
         if norm_name is not None:
             self.add_module(norm_name, build_module(spec.layer_norm, config, config.hidden_size, self.pg_collection))
+            if config.enable_hyper_connections:
+                self.add_head()
 
     def set_input_tensor(self, input_tensor: Tensor | None) -> None:
         """Give a later stage the hidden states [S, B, H] of the stage before it."""
@@ -62,22 +66,46 @@ class LayerStack(MegatronModule):
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        input_ids: Tensor | None = None,
     ) -> Tensor:
-        """[S, B, H]; `hidden_states` counts on the first stage alone. ValueError without input."""
+        """`finish` of `run_layers`."""
+        return self.finish(self.run_layers(hidden_states, attention_mask, rotary_pos_emb, packed_seq_params, input_ids))
+
+    def run_layers(
+        self,
+        hidden_states: Tensor | None,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The last layer's output [S, B, H], or [S, B, n * H] of n streams.
+
+        `hidden_states` [S, B, H] count on the first stage alone. See TransformerLayer for the other arguments.
+        ValueError without input.
+        """
         x = hidden_states if self.pre_process else self.input_tensor
         if x is None:
             raise ValueError("no input: the first stage takes hidden states, the others set_input_tensor before a call")
+        if self.pre_process and self.config.enable_hyper_connections:
+            x = expand(x, self.config)
         for layer in self.layers:
             x = layer(
                 x,
                 attention_mask=attention_mask,
                 rotary_pos_emb=rotary_pos_emb,
                 packed_seq_params=packed_seq_params,
+                input_ids=input_ids,
             )
-        if self.norm_name is not None:
-            x = getattr(self, self.norm_name)(x)
         assert isinstance(x, Tensor)
         return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The stage's output: behind the last layer the final norm [S, B, H], else what the layers gave."""
+        if self.norm_name is None:
+            return x
+        normed: Tensor = getattr(self, self.norm_name)(self.contract(x) if self.config.enable_hyper_connections else x)
+        return normed
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Sequence[Offset] = (), metadata: Metadata | None = None
@@ -85,7 +113,7 @@ class LayerStack(MegatronModule):
         """Layers by the model's number: in their key, or as an axis in front of their tensors if they are stacked."""
         metadata = self.complete(metadata)
         stacked = self._stacked(metadata)
-        entries: ShardedStateDict = {}
+        entries = self.own_entries(prefix, sharded_offsets, metadata)
         for local, layer in enumerate(self.layers):
             assert isinstance(layer, MegatronModule)
             index = int(layer.layer_number) - 1  # type: ignore[arg-type]

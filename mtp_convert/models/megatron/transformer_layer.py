@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from mtp_convert.models.megatron.config import TransformerConfig
 from mtp_convert.models.megatron.groups import ProcessGroupCollection
 from mtp_convert.models.megatron.module import MegatronModule, Metadata
+from mtp_convert.models.megatron.moe import MoELayer
 from mtp_convert.models.megatron.packed import PackedSeqParams
 from mtp_convert.models.megatron.sharding import Offset, ShardedStateDict, apply_prefix_mapping
 from mtp_convert.models.megatron.spec import build_module
@@ -27,11 +28,13 @@ class TransformerLayerSubmodules:
     self_attention: Any = None
     pre_mlp_layernorm: Any = None
     mlp: Any = None
+    self_attention_hyper_connection: Any = None
+    mlp_hyper_connection: Any = None
     sharded_state_dict_keys_map: Mapping[str, str] = field(default_factory=dict)
 
 
 class TransformerLayer(MegatronModule):
-    """Attention, then feed-forward, each behind its norm and around a residual connection.
+    """Attention, then feed-forward, each behind its norm and around a residual or a hyper-connection.
 
     `layer_number` counts the model's layers from 1, on whichever stage they are.
     """
@@ -58,6 +61,8 @@ class TransformerLayer(MegatronModule):
         self.self_attention = block(submodules.self_attention)
         self.pre_mlp_layernorm = norm(submodules.pre_mlp_layernorm)
         self.mlp = block(submodules.mlp)
+        self.self_attention_hyper_connection = block(submodules.self_attention_hyper_connection)
+        self.mlp_hyper_connection = block(submodules.mlp_hyper_connection)
 
     def forward(
         self,
@@ -65,20 +70,31 @@ class TransformerLayer(MegatronModule):
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        input_ids: Tensor | None = None,
     ) -> Tensor:
-        """[S, B, H] of [S, B, H]. See SelfAttention for the other arguments."""
-        if self.self_attention is not None:
-            normed = hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
-            mixed = self.self_attention(
-                normed,
+        """[S, B, H] of [S, B, H], or [S, B, n * H] of n streams. `input_ids` [B, S] are for experts chosen by them.
+
+        See SelfAttention for the other arguments.
+        """
+
+        def attend(x: Tensor) -> Tensor:
+            mixed: Tensor = self.self_attention(
+                x if self.input_layernorm is None else self.input_layernorm(x),
                 attention_mask=attention_mask,
                 rotary_pos_emb=rotary_pos_emb,
                 packed_seq_params=packed_seq_params,
             )
-            hidden_states = hidden_states + mixed
+            return mixed
+
+        def feed_forward(x: Tensor) -> Tensor:
+            normed = x if self.pre_mlp_layernorm is None else self.pre_mlp_layernorm(x)
+            output: Tensor = self.mlp(normed, input_ids) if isinstance(self.mlp, MoELayer) else self.mlp(normed)
+            return output
+
+        if self.self_attention is not None:
+            hidden_states = _connect(hidden_states, attend, self.self_attention_hyper_connection)
         if self.mlp is not None:
-            normed = hidden_states if self.pre_mlp_layernorm is None else self.pre_mlp_layernorm(hidden_states)
-            hidden_states = hidden_states + self.mlp(normed)
+            hidden_states = _connect(hidden_states, feed_forward, self.mlp_hyper_connection)
         return hidden_states
 
     def sharded_state_dict(
@@ -88,6 +104,14 @@ class TransformerLayer(MegatronModule):
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         apply_prefix_mapping(entries, {prefix + old: prefix + new for old, new in self.keys_map.items()})
         return entries
+
+
+def _connect(hidden_states: Tensor, block: Callable[[Tensor], Tensor], connection: Any) -> Tensor:  # noqa: ANN401
+    """Hidden states or streams behind a block."""
+    if connection is None:
+        return hidden_states + block(hidden_states)
+    streams: Tensor = connection(hidden_states, block)
+    return streams
 
 
 @dataclass(frozen=True)
@@ -117,7 +141,8 @@ class MambaLayer(MegatronModule):
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        input_ids: Tensor | None = None,
     ) -> Tensor:
-        """[S, B, H] of [S, B, H]; the mixer is causal by itself and needs neither mask nor positions."""
+        """[S, B, H] of [S, B, H]; the mixer is causal by itself and needs neither mask nor positions nor ids."""
         mixed: Tensor = self.mixer(hidden_states, packed_seq_params)
         return hidden_states + mixed

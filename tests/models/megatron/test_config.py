@@ -124,7 +124,7 @@ def test_a_layout_in_words_becomes_stages() -> None:
         {"use_rope_scaling": True},
         {"softmax_type": "learnable"},
         {"experimental_attention_variant": "dsa"},
-        {"enable_hyper_connections": True},
+        {"enable_mhc_connections": True},
         {"moe_router_load_balancing_type": "sinkhorn"},
         {"qk_l2_norm": True},
     ],

@@ -5,8 +5,8 @@
         q_b   Q*D/,A  wq_b.weight   q_b_proj.weight   linear_q_up_proj.weight
     ''', hf="attn.", native="self_attn.", megatron="self_attention.")
 
-Shapes are products of letters, looked up in the sizes of the family. A slash behind an axis says that tensor parallelism
-cuts it. `=` repeats the name one column to the left.
+Shapes are products of letters, looked up in the sizes of the family. A slash behind an axis says that tensor
+parallelism cuts it. `=` repeats the name one column to the left.
 """
 
 from __future__ import annotations

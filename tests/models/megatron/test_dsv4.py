@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from _dsv4 import GOLDEN_DSV4, SMALL, Converted, small
+from _compressed import GOLDEN_DSV4, SMALL, Converted, small
 from _golden import DATA, GOLDEN, build, golden_rank, golden_tensors, ids, lines, relative, tiny
 from _kit import config_of, convert
 from torch import Tensor

@@ -53,7 +53,8 @@ def find(config: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]:
         ConvertError: MTP021, naming the known model types.
     """
     known = {t: f for f in families() for t in f.model_types}
-    wrapped = {t: f for f in families() for t in f.wrappers}.get(str(config.get("model_type")))
+    wrapping = {t: f for f in families() for t in f.wrappers}
+    wrapped = wrapping.get(str(config.get("model_type")))
     if str(config.get("model_type")) in known:
         return known[str(config["model_type"])], ()
     for nested in NESTED:
@@ -66,7 +67,7 @@ def find(config: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]:
             "model_type",
             "config.json",
             repr(config.get("model_type")),
-            f"one of {', '.join(sorted(known))}",
+            f"one of {', '.join(sorted({*known, *wrapping}))}",
         ),
         hint="`mtp-convert families` lists what is supported",
     )

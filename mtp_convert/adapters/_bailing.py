@@ -25,7 +25,7 @@ def experts(config: Config, *, router_bias: bool, wide_router: bool = False) -> 
     return replace(found, router_bias=router_bias, wide_router=wide_router)
 
 
-def moe_args(config: Config) -> dict[str, Any]:
+def usual_fields(config: Config) -> dict[str, Any]:
     """The config with the fields of routing as other models name them; transformers has names of its own."""
     renamed = {"num_experts_per_tok": "num_experts_per_token", "n_group": "num_expert_group"}
     return {**config, **{usual: config[own] for usual, own in renamed.items() if own in config}}

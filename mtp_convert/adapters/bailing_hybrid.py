@@ -27,12 +27,13 @@ S = "self_attention"
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Both kinds of attention; `linear`: which one a decoder layer has. gate: rows of the output gate of `full`."""
+    """Both kinds of attention; `linear`: per decoder layer, whether it is `recurrent`. gate: rows of the output gate of
+    `full`."""
 
     full: b.Mla
     gate: int
     linear: tuple[bool, ...]
-    kind: b.Attention | b.Kda
+    recurrent: b.Attention | b.Kda
 
 
 Dims = gpt.Dims[Attention]
@@ -50,7 +51,7 @@ def dims(config: Config, depths: int) -> Dims:
         full=full,
         gate=gate_rows(config, full, kimi=kimi),
         linear=linear_layers(config, len(sparse)),
-        kind=kimi_delta(config) if kimi else lightning(config),
+        recurrent=kimi_delta(config) if kimi else lightning(config),
     )
     biased = kimi or bool(config.get("moe_router_enable_expert_bias"))
     moe = ling.experts(config, router_bias=biased, wide_router=kimi)
@@ -141,14 +142,14 @@ def places(d: Dims) -> Iterator[Placed]:
     full = b.respelled(b.deepseek_mla(a.full), "hf", ("self_attn.", "attention."), ("o_proj", "dense"))
     if a.gate:
         full = b.joined(full, output_gate(a.gate, d.H))
-    linear = kimi_block(a.kind) if isinstance(a.kind, b.Kda) else lightning_block(a.kind)
+    linear = kimi_block(a.recurrent) if isinstance(a.recurrent, b.Kda) else lightning_block(a.recurrent)
     yield from ling.places(d, full, attentions=tuple(linear if x else full for x in a.linear))
 
 
 def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
     """Megatron-LM argument names; attention is that of the layers with latent attention."""
     d = dims(config, 0)
-    found = ling.moe_args(config)
+    found = ling.usual_fields(config)
     return gpt.megatron_args(found, d, steps, repeated=repeated, attention=args.mla_args(found, d.attention.full))
 
 
@@ -181,6 +182,7 @@ FAMILY = Family(
         "The embedding and the head are the main model's; MTP layers have latent attention.",
         "Megatron-Core has neither kind of linear attention: names of lightning attention are those of mcore-bridge, "
         "names of Kimi delta attention those of Megatron-LM's development branch.",
+        "transformers has no lightning attention: its native tree has Llama's names.",
         "The output projection of Kimi delta attention is o_proj; transformers reads that too, and writes dense.",
         "Router bias, convolutions, A_log and dt_bias keep their stored dtype under --dtype; in 3.0 the router, too.",
     ),

@@ -183,7 +183,7 @@ FAMILY = Family(
     dims=dims,
     places=places,
     choices={
-        "hf": {"trunk": ("model.language_model.", "model."), "experts": ("split", "stacked")},
+        "hf": {"trunk": ("model.", "model.language_model."), "experts": ("split", "stacked")},
         "megatron": b.megatron_words(
             "wrapper", "inner", "mlp_norm", "moe_norm", "q_norm", "kv_norm", "final_norm", final_norm="final_norm"
         ),
@@ -192,6 +192,7 @@ FAMILY = Family(
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     megatron_words=lambda _: gpt.APART,
+    nested={"trunk": "model.language_model."},
     wrappers=("glm5_next",),
     bridge_provider="",
     megatron_since=(0, 17),

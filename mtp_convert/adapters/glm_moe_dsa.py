@@ -87,7 +87,13 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
     found = gpt.megatron_args(config, d, steps, repeated=repeated, attention=args.mla_args(config, d.attention.full))
     every, own = rule_of(d.attention.shared)
     shared = {"dsa_indexer_topk_freq": every, "dsa_indexer_skip_topk_offset": own} if every > 1 else {}
-    return {**found, **shared}
+    return {
+        **found,
+        "dsa_indexer_rope_interleaved": bool(config.get("indexer_rope_interleave", True)),
+        "dsa_indexer_rotate_activation": False,
+        "dsa_indexer_k_norm_epsilon": 1e-6,
+        **shared,
+    }
 
 
 def megatron_words(d: Dims) -> Words:

@@ -196,19 +196,20 @@ FAMILY = Family(
     dims=dims,
     places=places,
     choices={
-        "hf": {"wrapper": ("language_model.", ""), "names": ("released", "transformers")},
+        "hf": {"wrapper": ("", "language_model."), "names": ("released", "transformers")},
         "megatron": b.megatron_words(
             "wrapper", "attention_norm", "mlp_norm", "moe_norm", "final_norm", inner="transformer_layer"
         ),
         "native": {},
     },
-    variants={"hf": {"text": {"wrapper": "", "names": "transformers"}}},
+    variants={"hf": {"transformers": {"names": "transformers"}}},
     depths=depth_count(),
     megatron_args=megatron_args,
+    nested={"wrapper": "language_model."},
     wrappers=("minimax_m3_vl",),
     forms=b.MEGATRON_FORMS,
     bridge_provider="",
-    megatron_since=(0, 16),
+    megatron_since=(0, 15),
     notes=(
         "Releases may declare MTP modules without storing them: what is stored counts, and the config stays.",
         "Indexers are lightning_indexers.{i} in Megatron, as Megatron-Bridge stores them; those of MTP layers are "

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import TypeVar
 
 import numpy as np
@@ -47,6 +48,7 @@ class Coder:
     _unchanged: list[int] = field(default_factory=lambda: [0], init=False, repr=False)  # one bit per strip
     _large: dict[int, Floats] = field(default_factory=dict, init=False, repr=False)
     _whole: list[np.float32] = field(default_factory=list, init=False, repr=False)
+    _measuring: Lock = field(default_factory=Lock, init=False, repr=False)  # one thread measures, the others wait
 
     def codes(self, reader: Reader, out: Bytes, lo: int, hi: int) -> None:
         """Write bytes [lo, hi) of the codes into `out`."""
@@ -140,29 +142,32 @@ class Coder:
         """The scale of the whole tensor: the one from before while it leaves a scale for every block."""
         if self.encoded.whole is None:
             return None
-        if not self._whole:
-            largest = np.float32(0)
-            for rows, cols in _parts((0, self.grid.rows), (0, self.grid.cols)):
-                largest = np.fmax(largest, np.fmax.reduce(np.abs(self.values(reader, rows, cols)), axis=None))
-            before = whole_scale(reader, self.encoded) if self.encoded.whole.chunks else None
-            if before is None or not self.encoded.scheme.whole_fits(largest, before):
-                before = self.encoded.scheme.fitting_whole(largest)
-            self._whole.append(before)
+        with self._measuring:
+            if not self._whole:
+                self._whole.append(self._measured_whole(reader))
         return self._whole[0]
+
+    def _measured_whole(self, reader: Reader) -> np.float32:
+        largest = np.float32(0)
+        for rows, cols in _parts((0, self.grid.rows), (0, self.grid.cols)):
+            largest = np.fmax(largest, np.fmax.reduce(np.abs(self.values(reader, rows, cols)), axis=None))
+        before = whole_scale(reader, self.encoded) if _present(self.encoded.whole).chunks else None
+        keep = before is not None and self.encoded.scheme.whole_fits(largest, before)
+        return _present(before) if keep else self.encoded.scheme.fitting_whole(largest)
 
     def _large_scale(self, reader: Reader, strip: Strip) -> Floats:
         """The scale [1, 1] of a large block."""
-        found = self._large.get(strip.number)
-        if found is None:
-            block = Block(self._rule(reader), self._kept(reader, strip))
-            if self.encoded.scheme.scaled:
-                for rows, cols in _parts(strip.rows, strip.cols):
+        rule, kept = self._rule(reader), self._kept(reader, strip)
+        with self._measuring:
+            if strip.number not in self._large:
+                block = Block(rule, kept)
+                for rows, cols in _parts(strip.rows, strip.cols) if self.encoded.scheme.scaled else ():
                     block.add(self.values(reader, rows, cols))
-            try:
-                found = self._large[strip.number] = block.scale()
-            except Infinite as error:
-                raise self._infinite() from error
-        return found
+                try:
+                    self._large[strip.number] = block.scale()
+                except Infinite as error:
+                    raise self._infinite() from error
+        return self._large[strip.number]
 
     def _large_codes(self, reader: Reader, strip: Strip, rows: Range, cols: Range) -> Bytes:
         """The codes of a part of a large block."""

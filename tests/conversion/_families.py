@@ -40,8 +40,14 @@ def random_tensors(name: str, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for binding in layout.bindings.values():
-        values = torch.randn(binding.shape, generator=generator)
-        values = 1 + 0.2 * values if len(binding.shape) == 1 else 0.3 * values
+        if binding.parts[0].param.endswith("token_table"):  # experts by token id
+            rows, chosen = binding.shape
+            experts = int(config_of(name)["n_routed_experts"])
+            values = torch.stack([torch.randperm(experts, generator=generator)[:chosen] for _ in range(rows)])
+        elif len(binding.shape) == 1:
+            values = 1 + 0.2 * torch.randn(binding.shape, generator=generator)
+        else:
+            values = 0.3 * torch.randn(binding.shape, generator=generator)
         tensors[binding.tensor] = values
     return tensors
 

@@ -65,13 +65,10 @@ def stored(raw: Tensors) -> Tensors:
 
 
 def loosened(raw: Tensors) -> Tensors:
-    """Scales that no rule would choose again."""
-    names = ("weight_scale_2", "weight_global_scale", "weight_scale_inv", "scale", "weight_scale")
-    name = next(n for n in names if n in raw)
-    scale = raw[name]
-    if scale.dtype == E8M0:
-        return {**raw, name: (scale.float() * 2).to(E8M0)}
-    return {**raw, name: scale + 1 if scale.dtype == torch.uint8 else scale * 1.375}
+    """Codes without one of their bits, so that none is large and no rule would choose these scales again."""
+    name = "weight_packed" if "weight_packed" in raw else "weight"
+    mask = 0x77 if raw[name].dtype == E4M3 else 0xBB
+    return {**raw, name: (raw[name].view(torch.uint8) & mask).view(raw[name].dtype)}
 
 
 @pytest.mark.parametrize(
@@ -291,7 +288,18 @@ def test_windows_do_not_matter(format: str, tmp_path: Path, monkeypatch: pytest.
     assert all(same_bits(whole[n], pieces[n]) for n in whole)
 
 
-def test_stacks_and_chunks(tmp_path: Path) -> None:
+def test_fused_rows_with_scales_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    chunks = [loosened(FORMATS["fp8_block"](weight((192, 256), seed))) for seed in range(4)]
+    raw = {n: torch.cat([c[n] for c in chunks]) for n in ("weight", "weight_scale_inv")}
+    tensor = on_disk(tmp_path / "raw", raw, BLOCKS, num_key_value_heads=4)
+    values = plain(tmp_path / "values", torch.cat([reference("fp8_block", c) for c in chunks]).bfloat16())
+    assert tensor.encoding is not None
+    found = encode(values, tensor.encoding, 9001)
+    assert all(same_bits(found[n], raw[n]) for n in raw)
+
+
+def test_stacks(tmp_path: Path) -> None:
     codes = torch.randint(0, 127, (3, 130, 140), dtype=torch.uint8).view(E4M3)
     raw = {"weight": codes, "weight_scale_inv": torch.rand(3, 2, 2) + 0.5}
     each = [{n: t[e] for n, t in raw.items()} for e in range(3)]

@@ -36,7 +36,7 @@ def sinkhorn(logits: Tensor, iterations: int, epsilon: float) -> Tensor:
 def _direction(streams: Tensor, weight: Tensor, config: TransformerConfig) -> Tensor:
     """`weight` [x, n * H] applied to all streams of a token at once, at unit RMS: [S, B, x].
 
-    Megatron-Core's development branch has 1e-6 for every epsilon here, which is also that of the released models.
+    Megatron-Core's development branch has 1e-6 here whatever the model's epsilon is; released models have that anyway.
     """
     wide = widen(streams)
     return F.linear(unit_rms(wide, config.layernorm_epsilon), weight.to(wide.dtype))

@@ -53,7 +53,8 @@ GOLDEN_DSV4: dict[str, Any] = {
     "actual_vocab_size": 96,
     "mtp_num_layers": 1,
 }
-# Three kinds of layers, each in few tokens, and two depths of different kinds.
+# Three kinds of layers, each in few tokens, and two depths of different kinds. With many heads in the indexer no two
+# windows have the same score; with two, often both are zero, and what is chosen then depends on the device.
 SMALL = GOLDEN_DSV4 | {
     "hidden_size": 16,
     "vocab_size": 32,
@@ -61,6 +62,7 @@ SMALL = GOLDEN_DSV4 | {
     "activation_func_clamp_value": 0.5,
     "csa_compress_ratios": (0, 4, 3, 4, 4, 0),
     "csa_window_size": 3,
+    "dsa_indexer_n_heads": 8,
     "dsa_indexer_topk": 1,
     "mtp_num_layers": 2,
 }

@@ -6,6 +6,9 @@ import os
 import signal
 import sys
 
+# MKL sums in another order when memory is aligned otherwise; without this, equal bits depend on the allocator.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+
 import pytest
 import torch
 from _kit import Cli, Outcome

@@ -102,7 +102,7 @@ def test_new_heads_start_as_the_last_layer_once_more(tmp_path: Path, cli: Cli) -
     out = run_hf(tmp_path / "out", ids)
     assert len(out.mtp_logits) == 2
     assert out.mtp_logits[0].isfinite().all()
-    assert relative_error(out.logits, run_hf(tmp_path / "base", ids).logits) < 1e-6
+    assert relative_error(out.logits, run_hf(tmp_path / "base", ids).logits) < 1e-5
 
 
 def test_new_heads_for_every_family(source: Path, tmp_path: Path, cli: Cli) -> None:

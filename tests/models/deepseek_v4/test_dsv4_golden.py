@@ -51,8 +51,8 @@ def test_the_backbone_equals_transformers(folder: Path, dtype: torch.dtype) -> N
     mask = given.get("attention_mask")
     with torch.no_grad():
         expected = theirs(given["input_ids"], attention_mask=mask, use_cache=False).logits
-    # Sums on a CPU depend on where in memory a tensor begins, so the last bit may differ.
-    assert relative(run(ours, given["input_ids"], attention_mask=mask).logits, expected) < 4 * torch.finfo(dtype).eps
+    # Sums on a CPU depend on where in memory a tensor begins, so the last bits may differ.
+    assert relative(run(ours, given["input_ids"], attention_mask=mask).logits, expected) < 32 * torch.finfo(dtype).eps
     state = ours.state_dict()
     for name, tensor in theirs.state_dict().items():
         assert state.pop(name).dtype == tensor.dtype, name
@@ -129,4 +129,4 @@ def test_no_position_sees_what_comes_after_it(length: int) -> None:
     # The last k + 1 positions of depth k embed filled-in tokens; logits are "depth -1".
     for k, (one, other) in enumerate(zip(predictions(part), predictions(whole), strict=True)):
         seen = max(length - k, 0)
-        torch.testing.assert_close(one[:, :seen], other[:, :seen], rtol=0, atol=1e-5)
+        torch.testing.assert_close(one[:, :seen], other[:, :seen], rtol=0, atol=5e-5)

@@ -5,16 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test mutants check reference bench docs format clean
+.PHONY: demo test mutants hub check reference bench docs format clean
 
 demo: $(READY)  ## the main job on the shipped model: inspect, convert, convert back, compare, run
 	@$(BIN)/mtp-convert demo
 
 test: check  ## linters, types and tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not reference and not large and not mutants"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not reference and not large and not mutants and not hub"
 
 mutants: $(READY)  ## every wrong table of a kind, in every family: all must be seen by the forward passes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -rP -m mutants
+
+hub: $(READY)  ## every fault of the Hub, over LFS, multipart and Xet: pushes must survive it (minutes)
+	$(BIN)/pytest -q -rP -m hub
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -57,9 +57,12 @@ def json_page() -> str:
     from mtp_convert.difference import CheckpointDifference, ParamDifference
     from mtp_convert.explanation import Explanation, Name
     from mtp_convert.fsck import FolderCheck
+    from mtp_convert.hub.push import Pushed
     from mtp_convert.inspection import Inspection, Planned
     from mtp_convert.roundtrip import RoundTrip
     from mtp_convert.summary import Row
+    from mtp_convert.support import FamilySupport
+    from mtp_convert.verify.result import Culprit, LogitScores, Mapped, PlaceError, Section, SideFacts, Verification
 
     shapes = {
         "conversions": Result,
@@ -67,9 +70,18 @@ def json_page() -> str:
         "plan, convert --dry-run": Planned,
         "diff": CheckpointDifference,
         "diff: differing": ParamDifference,
+        "verify": Verification,
+        "verify: a, b": SideFacts,
+        "verify: sections": Section,
+        "verify: places": PlaceError,
+        "verify: scores": LogitScores,
+        "verify: culprit": Culprit,
+        "verify: mapping": Mapped,
+        "push": Pushed,
         "roundtrip": RoundTrip,
         "check": FolderCheck,
         "inspect: rows": Row,
+        "families: families": FamilySupport,
         "explain": Explanation,
         "explain: names": Name,
     }
@@ -78,7 +90,9 @@ def json_page() -> str:
         lines += [f"## {title}\n", f"{(cls.__doc__ or '').splitlines()[0]}\n", "| field | type |", "|---|---|"]
         lines += [f"| `{f.name}` | `{f.type}` |" for f in fields(cls)]
         lines.append("")
-    lines += ["`diff` adds `equal`, `roundtrip` and `check` add `ok`; `plan` lists every tensor under `steps`."]
+    lines += [
+        "`diff` adds `equal`, `verify`, `roundtrip` and `check` add `ok`; `plan` lists every tensor under `steps`."
+    ]
     return NOTE + "\n".join(lines) + "\n"
 
 
@@ -104,7 +118,8 @@ def family_page(name: str) -> str:
     steps = make_plan(hf, megatron).steps
     merged = dict.fromkeys((general(s.tensor), s.op, general(*s.sources)) for s in steps)
     lines = [f"# {family.title}\n", f"`model_type`: {', '.join(f'`{t}`' for t in family.model_types)}\n"]
-    lines += [f"- {note}" for note in family.notes]
+    unproven = f"No forward pass compares its Megatron layout with the others: {family.unproven}."
+    lines += [f"- {note}" for note in ((unproven,) if family.unproven else ()) + family.notes]
     lines += [
         "",
         "Numbers are written as `#`; `op` is read from Hugging Face to Megatron, the way back is the same view.",
@@ -119,15 +134,45 @@ def family_page(name: str) -> str:
 
 
 def families_page() -> str:
-    """One row per family."""
-    from mtp_convert import adapters
+    """One row per family, and what holds for all of them."""
+    from mtp_convert import adapters, support
+    from mtp_convert.megatron_target import SINCE
 
-    lines = ["# Families\n", "| family | what | `model_type` | layouts and their named variants |", "|---|---|---|---|"]
-    for f in adapters.families():
-        layouts = (name + (f" ({', '.join(v)})" if (v := f.variants.get(name)) else "") for name in f.choices)
-        types = ", ".join(f"`{t}`" for t in f.model_types)
-        lines.append(f"| [{f.name}]({f.name}.md) | {f.title} | {types} | {', '.join(layouts)} |")
+    columns = ("family", "what", "`model_type`", "variants", "MTP", "encodings", "Megatron-Core", "run_config.yaml")
+    lines = ["# Families\n", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [family_row(f) for f in support.families()]
+    later = "; ".join(f"`{name}` {major}.{minor}" for name, (major, minor) in SINCE.items())
+    lines += [
+        "",
+        "Every family has three layouts: `hf` and `native` in safetensors, `megatron` in `torch_dist` or `legacy`.",
+        "More is read than written: [other forms](../convert.md#other-forms-of-megatron-checkpoints).",
+        "",
+        '- `model_type`: of the model\'s own config, or of the section of a larger one; "in" are the larger models.',
+        "- MTP: the field of the config that counts stored depths, and how many published checkpoints have.",
+        "- encodings: how weights of published checkpoints are stored; all are read, in every family.",
+        "- Megatron-Core: the first release with MTP in this model class. Some arguments ask for a later one:",
+        f"  {later}.",
+        "- run_config.yaml: written for Megatron-Bridge, with the class that builds the model.",
+        "",
+        "## Forward checks",
+        "",
+        "Of most families, transformers runs a Hugging Face folder and a Megatron model runs its conversion, and both",
+        "compute the same; no two params of one shape can change places in the table without a test that sees it. Of",
+        "these, names, shapes and the way back are tested alone:",
+        "",
+        *(f"- {f.name}: {f.unproven}" for f in adapters.families() if f.unproven),
+    ]
     return NOTE + "\n".join(lines) + "\n"
+
+
+def family_row(f: Any) -> str:  # noqa: ANN401 - FamilySupport, which is imported late
+    """One family as a table row."""
+    types = ", ".join(f"`{t}`" for t in f.model_types) + "".join(f", in `{t}`" for t in f.wrappers)
+    variants = ", ".join(f"{name} ({layout})" for layout, names in f.variants.items() for name in names)
+    depths = f"`{f.depth_field}`: {' or '.join(map(str, f.released_depths))}"
+    provider = f"`{f.bridge_provider.rpartition('.')[2]}`" if f.bridge_provider else ""
+    cells = (f.title, types, variants, depths, ", ".join(f.released_encodings), f.megatron_since, provider)
+    return f"| [{f.name}]({f.name}.md) | {' | '.join(cells)} |"
 
 
 def general(*names: str) -> str:

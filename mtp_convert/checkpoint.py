@@ -61,20 +61,26 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, *, layout: str | None = None, hf_config: Path | None = None, allow_unmapped: bool = False
+    path: Path | Located,
+    *,
+    read: Callable[[], Stored] | None = None,
+    layout: str | None = None,
+    hf_config: Path | None = None,
+    allow_unmapped: bool = False,
 ) -> Checkpoint:
     """Read headers and config of a checkpoint and check that they explain each other completely.
 
     Args:
+        path: a folder, or one that was recognised already. read: gives what is stored, where not all of it is there.
         layout: the layout that the caller counts on; None takes what is there.
 
     Raises:
         ConvertError: exit code 2 for another layout, 3 for damaged files, 4 when config and tensors disagree.
     """
-    located = locate(path)
+    located = path if isinstance(path, Located) else locate(path)
     if layout is not None and layout not in LAYOUTS[located.container]:
         raise _other_layout(located, located.layout, layout)
-    raw = READERS[located.container](located.weights)
+    raw = READERS[located.container](located.weights) if read is None else read()
     return explained(raw, located, layout=layout, hf_config=hf_config, allow_unmapped=allow_unmapped)
 
 
@@ -91,6 +97,8 @@ def explained(
     Raises:
         ConvertError: as `open_checkpoint`.
     """
+    if isinstance(raw, Stored):
+        located = replace(located, container=raw.container)  # files of one name may hold one of two
     if hf_config is not None and hf_config.is_dir():
         located = replace(located, side=hf_config)  # its tokenizer and other files travel along
     config_path = hf_config if hf_config is not None and hf_config.is_file() else located.side / "config.json"
@@ -98,7 +106,7 @@ def explained(
     family, section = adapters.find(config)
     model = section_of(config, section)
     said = quantization.read(config, section, located.side)
-    if isinstance(raw, Stored) and raw.container == "safetensors":
+    if isinstance(raw, Stored) and raw.container in ("safetensors", "joined"):
         raw = encoded.grouped(raw, said, model)
     _refuse_foreign(family, model, frozenset(raw.tensors) if isinstance(raw, Stored) else frozenset())
     noted = _provenance(located)

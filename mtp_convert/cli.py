@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from mtp_convert import cli_convert, cli_run, cli_surgery
+from mtp_convert import cli_convert, cli_hub, cli_run, cli_surgery, cli_verify
 from mtp_convert.cli_errors import guarded
 from mtp_convert.cli_options import (
     AllowUnmapped,
@@ -40,6 +40,8 @@ app = typer.Typer(
 )
 cli_convert.register(app)
 cli_surgery.register(app)
+cli_verify.register(app)
+cli_hub.register(app)
 
 
 @app.command("inspect", rich_help_panel="Look")
@@ -53,7 +55,7 @@ def inspect(
     from mtp_convert import render
     from mtp_convert.inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(cli_run.open_source(src, hf_config, allow_unmapped))
+    found = inspect_checkpoint(cli_run.open_source(src, hf_config, allow_unmapped, extent="headers"))
     cli_run.show(fmt, found, render.show_inspection)
 
 
@@ -84,7 +86,7 @@ def roundtrip(
 @app.command("diff", rich_help_panel="Check")
 def diff(
     a: Src,
-    b: Annotated[Path, typer.Argument(help="The other checkpoint, in any layout.")],
+    b: Annotated[str, typer.Argument(help="The other checkpoint, in any layout.")],
     hf_config: HfConfig = None,
     allow_unmapped: AllowUnmapped = False,
     fmt: Format = "human",
@@ -150,22 +152,13 @@ def unfold(
 @app.command("families", rich_help_panel="Look")
 def families(fmt: Format = "human") -> None:
     """What is supported."""
-    from mtp_convert import adapters, render
+    from mtp_convert import render, support
 
-    rows = [
-        {
-            "name": f.name,
-            "title": f.title,
-            "model_types": list(f.model_types),
-            "layouts": list(f.choices),
-            "notes": list(f.notes),
-        }
-        for f in adapters.families()
-    ]
+    found = list(support.families())
     if fmt == "json":
-        render.show_json({"schema_version": 1, "families": rows})
+        render.show_json({"schema_version": 1, "families": [f.to_json() for f in found]})
     elif fmt == "human":
-        render.show_families(adapters.families())
+        render.show_families(found)
 
 
 @app.command("explain", rich_help_panel="Look")
@@ -174,7 +167,7 @@ def explain(
         str, typer.Argument(metavar="NAME|CODE", help="A tensor or param of any layout, or a code like MTP025.")
     ],
     src: Annotated[
-        Path | None, typer.Argument(metavar="[SRC]", help="Checkpoint whose sizes and spelling count.")
+        str | None, typer.Argument(metavar="[SRC]", help="Checkpoint whose sizes and spelling count.")
     ] = None,
     family: FamilyOption = "",
     hf_config: HfConfig = None,
@@ -191,7 +184,7 @@ def explain(
         print(f"{name.upper()}: {kind.title} (exit code {kind.exit_code})\n{kind.explanation}")
         return
     if src is not None:
-        found = explanation.explain_in(cli_run.open_source(src, hf_config, True), name)
+        found = explanation.explain_in(cli_run.open_source(src, hf_config, True, extent="headers"), name)
     else:
         found = explanation.explain_name(name, family or None, shipped("configs"))
     cli_run.show(fmt, found, render.show_explanation)

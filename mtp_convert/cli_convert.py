@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
 from mtp_convert import cli_options as o
 from mtp_convert import cli_run
+
+if TYPE_CHECKING:
+    from mtp_convert.sources import Extent
 
 Group = Mapping[str, tuple[Any, Any]]  # parameter -> its type with the option, and its default
 
@@ -50,7 +53,7 @@ TITLES = {"hf": "Hugging Face folder", "megatron": "Megatron checkpoint", "nativ
 class Given(NamedTuple):
     """What a command was given, apart from its own options."""
 
-    src: Path
+    src: str
     dst: Path | None
     source: str | None  # the layout that the command names
     target: str
@@ -106,10 +109,11 @@ def _command(
 
 
 def _run(
-    where: Given, *, hf_config: Path | None, allow_unmapped: bool, fmt: str, dry_run: bool = False, **given: object
+    where: Given, *, hf_config: str | None, allow_unmapped: bool, fmt: str, dry_run: bool = False, **given: object
 ) -> None:
     options = cli_run.make_options(where.target, **given)
-    source = cli_run.open_source(where.src, hf_config, allow_unmapped, where.source)
+    extent: Extent = "headers" if dry_run else "files"
+    source = cli_run.open_source(where.src, hf_config, allow_unmapped, where.source, extent)
     assert where.dst is not None
     if dry_run:
         cli_run.show_plan(source, options, where.dst, fmt)
@@ -117,6 +121,7 @@ def _run(
         cli_run.run_conversion(where.src, where.dst, options, source, fmt)
 
 
-def _plan(where: Given, *, hf_config: Path | None, allow_unmapped: bool, fmt: str, **given: object) -> None:
+def _plan(where: Given, *, hf_config: str | None, allow_unmapped: bool, fmt: str, **given: object) -> None:
     options = cli_run.make_options(where.target, **given)
-    cli_run.show_plan(cli_run.open_source(where.src, hf_config, allow_unmapped), options, None, fmt)
+    source = cli_run.open_source(where.src, hf_config, allow_unmapped, extent="headers")
+    cli_run.show_plan(source, options, None, fmt)

@@ -53,7 +53,7 @@ def guarded(app: Callable[..., Any]) -> NoReturn:
         code = error.exit_code
     except _Stopped as stopped:
         word = "interrupted" if stopped.number == signal.SIGINT else "terminated"
-        print(f"{word}: nothing was left behind", file=sys.stderr)
+        print(f"{word}: nothing unfinished can be seen; run the command again", file=sys.stderr)
         code = 128 + stopped.number
     except SystemExit:
         code = 0  # typer's answer to a reader of stdout that left early

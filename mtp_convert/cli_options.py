@@ -16,18 +16,19 @@ def option(*names: str, help: str, panel: str, env: str, least: int | None = Non
 
 
 Src = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="SRC",
-        help="Checkpoint folder (Hugging Face or native safetensors; Megatron torch_dist or legacy: root or iter_*).",
+        help="Checkpoint folder (Hugging Face or native safetensors; Megatron torch_dist or legacy: root or iter_*), "
+        "or a Hub repository: org/name, org/name@revision, hf://org/name.",
     ),
 ]
 Dst = Annotated[Path, typer.Argument(metavar="DST", help="Output folder; must not exist.")]
 HfConfig = Annotated[
-    Path | None,
+    str | None,
     option(
         "--hf-config",
-        help="config.json (or its folder) for a source without one.",
+        help="config.json, its folder or a Hub repository, for a source without one.",
         panel="Input",
         env="HF_CONFIG",
     ),
@@ -194,10 +195,11 @@ Scratch = Annotated[
     Path | None, option("--scratch", help="Folder for the temporary files.", panel="Check", env="SCRATCH")
 ]
 Copies = Annotated[
-    Literal["compare", "use-main"],
+    Literal["compare", "use-main", "keep"],
     option(
         "--copies",
-        help="Stored copies (tied weights, embeddings of MTP layers) that differ: refuse, or go by the main tensor.",
+        help="Stored copies (tied weights, embeddings of MTP layers) that differ: refuse, go by the main tensor, or "
+        "keep both.",
         panel="Input",
         env="COPIES",
     ),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from mtp_convert.checkpoint import Checkpoint
     from mtp_convert.options import Options
+    from mtp_convert.sources import Extent
 
 
 def show(fmt: str, result: Shown, human: Callable[[Any], None]) -> None:
@@ -28,26 +29,41 @@ class Shown(Protocol):
         """The JSON object."""
 
 
-def open_source(src: Path, hf_config: Path | None, allow_unmapped: bool, layout: str | None = None) -> Checkpoint:
-    """Open SRC; with `layout`, refuse a source of another one."""
-    from mtp_convert.checkpoint import open_checkpoint
+def open_source(
+    src: str,
+    hf_config: str | None,
+    allow_unmapped: bool,
+    layout: str | None = None,
+    extent: Extent = "files",
+    scratch: Path | None = None,
+) -> Checkpoint:
+    """Open SRC; with `layout`, refuse a source of another one. extent: what has to come here if it is on the Hub."""
+    from mtp_convert import sources
 
-    return open_checkpoint(src, layout=layout, hf_config=hf_config, allow_unmapped=allow_unmapped)
+    return sources.open_source(
+        src, extent=extent, layout=layout, hf_config=hf_config, allow_unmapped=allow_unmapped, scratch=scratch
+    )
 
 
-def run_conversion(src: Path, dst: Path, options: Options, source: Checkpoint, fmt: str) -> None:
+def run_conversion(
+    src: str, dst: Path, options: Options, source: Checkpoint, fmt: str, *, compare: bool = True
+) -> None:
     """Convert, with progress, and show the result."""
     from mtp_convert import render
     from mtp_convert.convert import Result, prepare, run
+    from mtp_convert.following import after
     from mtp_convert.progress import progress
+    from mtp_convert.sources import bring, compared
 
-    job = prepare(source, options)
+    if compare:
+        bring(compared(source), quiet=fmt != "human")
+    job = prepare(source, options, compare=compare)
+    bring(job.reads, quiet=fmt != "human")
     with progress("converting", job.nbytes, quiet=fmt != "human") as tick:
         result = run(job, dst, progress=tick)
-    back = f"{options.to}-to-{source.layout.name}" if options.to != source.layout.name else f"convert --to {options.to}"
 
     def human(r: Result) -> None:
-        render.show_result(r, f"mtp-convert diff {src} {dst}   or back: mtp-convert {back} {dst} OUT")
+        render.show_result(r, after(src, dst, source, options, r.steps))
 
     show(fmt, result, human)
 
@@ -70,4 +86,4 @@ def show_plan(source: Checkpoint, options: Options, dst: Path | None, fmt: str) 
     from mtp_convert.convert import prepare
     from mtp_convert.inspection import describe
 
-    show(fmt, describe(prepare(source, options), dst), render.show_plan)
+    show(fmt, describe(prepare(source, options, compare=source.stored.here), dst), render.show_plan)

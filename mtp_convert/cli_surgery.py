@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,14 +28,16 @@ def extract(
     fmt: Format = "human",
 ) -> None:
     """The MTP heads alone, under their released names: a draft checkpoint for vLLM or SGLang, or heads to graft."""
-    source = cli_run.open_source(src, hf_config, False)
+    scratch = next(p for p in dst.absolute().parents if p.is_dir())
+    source = cli_run.open_source(src, hf_config, False, extent="ranges", scratch=scratch)
     options = cli_run.make_options(to, part="mtp-with-ends" if with_ends else "mtp", force=force)
-    cli_run.run_conversion(src, dst, options, source, fmt)
+    compare = with_ends or not source.located.pinned  # from the Hub, what is not written is not moved
+    cli_run.run_conversion(src, dst, options, source, fmt, compare=compare)
 
 
 def graft(
     base: Src,
-    heads: Annotated[Path, typer.Argument(metavar="HEADS", help="Checkpoint, or extracted heads, of the same model.")],
+    heads: Annotated[str, typer.Argument(metavar="HEADS", help="Checkpoint, or extracted heads, of the same model.")],
     dst: Dst,
     hf_config: HfConfig = None,
     force: Force = False,

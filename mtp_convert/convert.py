@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
@@ -12,7 +12,8 @@ from typing import Any
 from mtp_convert import provenance, sidecar
 from mtp_convert.before import travelling
 from mtp_convert.checkpoint import Checkpoint
-from mtp_convert.copies import check_copies
+from mtp_convert.containers.base import StoredTensor
+from mtp_convert.copies import Settled, settled, with_own
 from mtp_convert.depths import folding
 from mtp_convert.encodings.dtype import BY_NAME, CAST_TARGETS, FLOATS, DType
 from mtp_convert.engine.runner import Progress, Written, write_files
@@ -26,6 +27,7 @@ from mtp_convert.mapping.plan import Plan, make_plan
 from mtp_convert.megatron_target import megatron_target, megatron_words
 from mtp_convert.options import Options
 from mtp_convert.parts import part_of
+from mtp_convert.readable import Readable
 from mtp_convert.recoding import Recoding, recoding
 from mtp_convert.shifts import dtype_after, known
 from mtp_convert.tied import check_tied
@@ -55,9 +57,17 @@ class Job:
         """Bytes of all payload files."""
         return self.output.nbytes
 
+    @property
+    def reads(self) -> Iterator[StoredTensor]:
+        """The stored tensors that the payload is made of."""
+        stored = self.source.stored
+        names = {name for step in self.plan.steps for name in step.sources}
+        yield from (stored.tensors[name] for name in sorted(names))
+        yield from (stored.raw[name] for name, weight in stored.beside.items() if weight in names)
+
 
 @dataclass(frozen=True)
-class Result:
+class Result(Readable):
     """What a conversion did."""
 
     target: Path
@@ -76,14 +86,17 @@ class Result:
         return {"schema_version": 1, **self.__dict__, "files": [f.path for f in self.files]}
 
 
-def prepare(source: Checkpoint, options: Options) -> Job:
+def prepare(source: Checkpoint, options: Options, *, compare: bool = True) -> Job:
     """Plan a conversion; reads at most the tensors that must be equal (copies, folded depths).
+
+    Args:
+        compare: False leaves copies and tied params unread, and says so.
 
     Raises:
         ConvertError: exit code 4 when the source cannot be expressed in the target.
     """
-    family = source.family
-    notes = check_copies(source, use_main=options.copies == "use-main")
+    copied = settled(source, options.copies, options.to) if compare else Settled(source, _uncompared(source))
+    source, family = copied.source, source.family
     physical = source.dims.depths if options.depths is None else options.depths
     steps, repeated = _steps(source, options, physical)
     _supported(source, options, physical)
@@ -93,26 +106,35 @@ def prepare(source: Checkpoint, options: Options) -> Job:
     if options.to == "megatron":
         goal = megatron_target(source, options, steps=steps, repeated=repeated)
     target = part_of(family.layout(options.to, dims, _words(source, options)), options.part)
-    check_tied(source, target, alias)
+    if compare:
+        check_tied(source, target, alias)
     padded = goal.padded(target) if goal else {}
     copies = goal.copies(target) if goal else provenance.copies(source, target)
     plan = make_plan(source.layout, target, alias=alias, copies=copies, padded=padded)
-    shifted = provenance.shifted(source, target.name)
+    plan = with_own(plan, source, copied.own)
+    shifted = provenance.shifted(source, target.name) if compare else {}
     dtypes = zip(plan.steps, _dtypes(source, plan, options), strict=True)
     tensors = [OutTensor(step, dtype, known(source, step, dtype, shifted)) for step, dtype in dtypes]
     recoded = recoding(source, plan, options)
     if goal:
         args = goal.arguments(max(padded.values(), default=0))
         output = goal.output(tensors, target, args)
-        small = sidecar.megatron_small(source, options, physical, args, recoded.said)
+        common = sidecar.common_state(args, goal.content(target))
+        small = sidecar.megatron_small(source, options, physical, common, recoded.said)
     else:
         output = _safetensors_output(source, options, tensors, recoded)
         small = sidecar.safetensors_small(source, options, physical, recoded.said)
     kept, kept_small = travelling(source, options.to, options.max_shard_size)
     output = replace(output, files=(*output.files, *kept))
-    notes = source.notes + notes + folded + _unpadded(source, target) + recoded.notes
+    notes = source.notes + copied.notes + folded + _unpadded(source, target) + recoded.notes
     small = {**small, **kept_small, **output.small}
     return Job(source, options, plan, tuple(tensors), output, small, recoded, physical, steps, repeated, notes)
+
+
+def _uncompared(source: Checkpoint) -> tuple[str, ...]:
+    if not source.copies:
+        return ()
+    return (f"{len(source.copies)} stored copies were not compared with their main tensors: headers were read only",)
 
 
 def _words(source: Checkpoint, options: Options) -> dict[str, str]:
@@ -155,7 +177,8 @@ def run(job: Job, target: Path, *, progress: Progress | None = None) -> Result:
         ConvertError: exit code 6 for the disk, 73 and 75 for the place.
     """
     begin = monotonic()
-    _apart(job.source.located.given, target)
+    located = job.source.located
+    _apart(located.root if located.pinned else located.given, target)
     before = _fingerprint(job.source)
     with staged(target, force=job.options.force, needed=int(job.nbytes * 1.02)) as stage:
         files = write_files(job.output.files, stage, threads=job.options.threads, progress=progress)
@@ -267,4 +290,6 @@ def _apart(source: Path, target: Path) -> None:
 
 
 def _fingerprint(source: Checkpoint) -> list[tuple[int, int]]:
-    return [(s.st_size, s.st_mtime_ns) for s in (p.stat() for p in source.stored.files)]
+    """What a change of a local file would change; files elsewhere are pinned."""
+    stats = (p.stat() for p in source.stored.files if isinstance(p, Path))
+    return [(s.st_size, s.st_mtime_ns) for s in stats]

@@ -144,11 +144,81 @@ ERRORS: dict[str, ErrorKind] = {
         "Weights are stored as codes (FP8, MXFP4, NVFP4), and their scales or the config do not fit: a scale is "
         "missing or has another shape than its blocks, a type is not known, or an ignore list names a quantised one.",
     ),
+    "MTP032": ErrorKind(
+        "cannot run this model",
+        4,
+        "No forward pass is possible here: no code runs this family in this layout, or the checkpoint lacks what it "
+        "needs (training arguments, a config). `verify --levels names,shapes,bits` compares without running.",
+    ),
     "MTP030": ErrorKind("parity check failed", 5, "The two sides were compared and are not equal."),
     "MTP040": ErrorKind("cannot write", 6, "The disk is full or the place is not writable. Nothing was left behind."),
     "MTP041": ErrorKind("source changed", 3, "A source file changed while it was read; the output was discarded."),
     "MTP042": ErrorKind("cannot read", 6, "The operating system refused to open or read a file."),
     "MTP050": ErrorKind("Hub or network", 7, "The Hub could not be reached or refused the request."),
+    "MTP051": ErrorKind(
+        "no access on the Hub",
+        7,
+        "No token, one that has expired, one that may only read, or an account that may not do this (401, 403).",
+        "log in with `hf auth login`, or set HF_TOKEN to a token that may",
+    ),
+    "MTP052": ErrorKind(
+        "not on the Hub",
+        7,
+        "The repository, revision or file does not exist, or is private and not open to this account (404).",
+    ),
+    "MTP053": ErrorKind(
+        "the repository has changed",
+        7,
+        "Somebody else committed, or made the same name, in between (409, 412). Nothing of theirs was overwritten.",
+        "run the command again: it compares with what is there now, and what was uploaded is not sent again",
+    ),
+    "MTP054": ErrorKind(
+        "the Hub is busy",
+        7,
+        "It answered 429 or 5xx to every attempt. What was uploaded stays there; the target is as it was.",
+        "run the command again later: what was uploaded is not sent again",
+    ),
+    "MTP055": ErrorKind(
+        "no connection to the Hub",
+        7,
+        "The connection could not be made, broke or timed out in every attempt. What was uploaded stays there.",
+        "check the network, proxy and HF_ENDPOINT, then run the command again",
+    ),
+    "MTP056": ErrorKind(
+        "offline mode",
+        7,
+        "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids every request.",
+        "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE",
+    ),
+    "MTP057": ErrorKind(
+        "upload differs",
+        7,
+        "Files on the Hub do not have the digests of the files here. The target branch was left as it was.",
+    ),
+    "MTP058": ErrorKind(
+        "wrong visibility",
+        7,
+        "The repository is public and --private was asked for, or the other way round. Nothing was uploaded.",
+        "change it in the repository's settings, or take another name",
+    ),
+    "MTP059": ErrorKind(
+        "another checkpoint is there",
+        73,
+        "The repository holds weights that this tool did not put there, and the push would replace or remove them.",
+        "`--force` replaces them; --dry-run shows what would happen",
+    ),
+    "MTP060": ErrorKind(
+        "model card not usable",
+        7,
+        "The metadata at the head of README.md is not YAML, or the Hub refuses it.",
+        "correct README.md of the folder, or leave the card as it is with --no-card",
+    ),
+    "MTP061": ErrorKind(
+        "folder not as it was written",
+        3,
+        "A file is missing, damaged or not from the conversion, going by the digests in mtp_convert.json.",
+        "convert again; `mtp-convert check DIR` lists what is damaged",
+    ),
     "MTP073": ErrorKind(
         "output exists",
         73,

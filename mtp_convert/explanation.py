@@ -19,6 +19,7 @@ from mtp_convert.errors import ConvertError, Problem
 from mtp_convert.mapping.family import Dims, Family
 from mtp_convert.mapping.layout import Layout
 from mtp_convert.mapping.plan import Step, same_param
+from mtp_convert.readable import Readable
 
 NEAR = 5
 
@@ -34,7 +35,7 @@ class Name:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Readable):
     """One tensor of a family."""
 
     family: str

@@ -13,10 +13,11 @@ from mtp_convert.containers.paths import member_path
 from mtp_convert.engine.runner import WINDOW, Progress
 from mtp_convert.errors import ConvertError, Problem
 from mtp_convert.location import PROVENANCE
+from mtp_convert.readable import Readable
 
 
 @dataclass(frozen=True)
-class FolderCheck:
+class FolderCheck(Readable):
     """The result: one line per damaged file."""
 
     path: str

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mtp_convert.checkpoint import Checkpoint
-from mtp_convert.containers.base import StoredTensor
+from mtp_convert.containers.base import Place, StoredTensor
 from mtp_convert.convert import Job
 from mtp_convert.encoded import count_encodings
 from mtp_convert.engine.runner import THREADS, WINDOW
+from mtp_convert.readable import Readable
+from mtp_convert.recoding import once_coded
 from mtp_convert.summary import Row, collapse
 
 SCHEMA = 1
@@ -24,7 +26,7 @@ CODES_PER_THREAD = 12 << 20  # a strip of values, as it is stored and as float32
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Readable):
     """Facts about one checkpoint."""
 
     path: str
@@ -64,7 +66,7 @@ def inspect_checkpoint(c: Checkpoint) -> Inspection:
     released = {**c.family.default_words(c.layout.name, c.dims), **fixed}
     main = [n for n in (*c.layout.bindings, *sorted(c.copies)) if n not in set(mtp)]
     return Inspection(
-        path=str(c.located.given),
+        path=c.located.shown,
         family=c.family.name,
         title=c.family.title,
         layout=c.layout.name,
@@ -84,11 +86,18 @@ def inspect_checkpoint(c: Checkpoint) -> Inspection:
         tied_embeddings=c.dims.tied,
         copies=sorted(c.copies),
         left_behind=[*c.unmapped, *sorted(c.stored.training)],
-        files=[p.relative_to(c.located.weights).as_posix() if c.stored.parallel else p.name for p in c.stored.files],
-        notes=list(c.notes),
+        files=[_file(c, place) for place in c.stored.files],
+        notes=[*c.notes, *once_coded(c)],
         rows=_rows(c, main),
         mtp_rows=_rows(c, mtp),
     )
+
+
+def _file(c: Checkpoint, place: Place) -> str:
+    """A file of payload; ranks have files of the same name."""
+    if isinstance(place, Path) and c.stored.parallel:
+        return place.relative_to(c.located.weights).as_posix()
+    return place.name
 
 
 def _rows(c: Checkpoint, names: list[str]) -> list[Row]:
@@ -101,7 +110,7 @@ def _kind(tensor: StoredTensor) -> str:
 
 
 @dataclass(frozen=True)
-class Planned:
+class Planned(Readable):
     """What a conversion would do."""
 
     source: str
@@ -141,7 +150,7 @@ def describe(job: Job, target: Path | None) -> Planned:
     per_thread = WINDOW + SCRATCH_PER_THREAD + (CODES_PER_THREAD if codes.keys() - job.recoding.copied else 0)
     values = job.options.dtype != "auto" or any(s.averaged > 1 for s in job.plan.steps)
     return Planned(
-        source=str(job.source.located.given),
+        source=job.source.located.shown,
         source_layout=job.source.layout.name,
         target_layout=job.options.to,
         tensors=len(job.plan.steps),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mtp_convert import adapters
-from mtp_convert.checkpoint import Checkpoint, explained, open_checkpoint
+from mtp_convert.checkpoint import Checkpoint, explained
 from mtp_convert.containers.base import Stored, StoredChunk, StoredTensor
 from mtp_convert.convert import Result, prepare, run
 from mtp_convert.depths import folding
@@ -40,6 +40,7 @@ from mtp_convert.location import Located
 from mtp_convert.mapping.plan import make_plan
 from mtp_convert.mapping.views import Shape
 from mtp_convert.options import Options
+from mtp_convert.sources import open_source
 
 STATE = "_extra_state"  # what TransformerEngine modules put beside their tensors; no weights
 HELD = 256 << 20  # bytes of gathered tensors that are kept for the next reads
@@ -61,13 +62,13 @@ def load_into(module: nn.Module, source: Path | str | Checkpoint, *, hf_config: 
     Values are cast to the module's element types. Of a sharded module every rank reads its own part alone.
 
     Args:
-        source: a checkpoint folder or file, or one that is open.
+        source: a checkpoint folder, file or repository on the Hub, or one that is open.
         hf_config: config.json (or its folder) for a source without one.
 
     Raises:
         ConvertError: the module and the checkpoint are not the same model; nothing has been changed.
     """
-    found = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source), hf_config=hf_config)
+    found = source if isinstance(source, Checkpoint) else open_source(source, hf_config=hf_config)
     target = open_module(module, found.config_path)
     if target.family.name != found.family.name:
         raise ConvertError("MTP028", Problem("two families", got=f"{found.family.name} and {target.family.name}"))
@@ -138,7 +139,7 @@ def iter_tensors(
     if isinstance(source, nn.Module):
         source = open_module(source, hf_config)
     elif not isinstance(source, Checkpoint):
-        source = open_checkpoint(Path(source), hf_config=hf_config)
+        source = open_source(source, hf_config=hf_config)
     reader = Reader()
     try:
         for out in prepare(source, Options(to, **options)).tensors:

@@ -10,6 +10,8 @@ from mtp_convert.errors import ConvertError, Problem
 
 LATEST = "latest_checkpointed_iteration.txt"
 PROVENANCE = "mtp_convert.json"
+VERIFIED = "mtp_convert_verify.json"  # the result of `verify --save`, beside what was verified
+PICTURES = ("mtp_convert_errors.svg", "mtp_convert_depths.svg")  # of that result, beside a model card
 CARRIED = "hf"  # folder beside a Megatron checkpoint with the Hugging Face side files
 
 
@@ -17,6 +19,7 @@ CARRIED = "hf"  # folder beside a Megatron checkpoint with the Hugging Face side
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "safetensors": ("hf", "native"),
     "torch_dist": ("megatron",),
+    "dcp": ("megatron",),
     "legacy": ("megatron",),
     "joined": ("hf", "native"),
     "module": ("native", "megatron", "hf"),
@@ -27,7 +30,8 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 class Located:
     """A checkpoint that was recognised: where its weights, its side files and its provenance file are.
 
-    layout: the one that its names follow; before they are read, the one that is assumed.
+    layout: the one that its names follow; before they are read, the one that is assumed. pinned: `org/name@commit`
+    where it came from the Hub.
     """
 
     given: Path
@@ -36,6 +40,12 @@ class Located:
     root: Path
     layout: str
     container: str
+    pinned: str = ""
+
+    @property
+    def shown(self) -> str:
+        """What was read, as an answer names it."""
+        return self.pinned or str(self.given)
 
 
 def locate(path: Path) -> Located:

@@ -12,12 +12,20 @@ from mtp_convert.checkpoint import Checkpoint
 from mtp_convert.engine.ranks import legacy_output
 from mtp_convert.engine.sinks import Output, OutTensor, torch_dist_output
 from mtp_convert.errors import ConvertError, Problem
-from mtp_convert.mapping.family import Form
+from mtp_convert.mapping.family import ConfigError, Form
 from mtp_convert.mapping.layout import Layout
 from mtp_convert.options import Options
 from mtp_convert.parallel import Placement, place
 from mtp_convert.sharding import deal
 
+# Arguments without which Megatron-Core builds another model, and its first release (major, minor) that has them.
+SINCE = {
+    "experimental_attention_variant": (0, 16),  # sparse attention with an indexer, gated delta nets
+    "attention_output_gate": (0, 16),
+    "moe_latent_size": (0, 16),
+    "mtp_use_repeated_layer": (0, 17),
+}
+PACKED = "packed"  # a spelling of experts that is read and not written: releases since 0.17 do not know it
 FORMATS = {"torch_dist": "torch_dist", "legacy": "torch"}  # container -> Megatron-LM's --ckpt-format
 
 
@@ -65,6 +73,16 @@ class MegatronTarget:
             found["make_vocab_size_divisible_by"] = self.options.padding
         return found
 
+    def content(self, target: Layout) -> dict[str, bool]:
+        """`content_metadata`: what a reader must be told where the keys are not those of the model's own config."""
+        single = target.words.get("shards") == "single"
+        own = self.source.family.default_words("megatron", self.source.dims).get("decoder")
+        apart = target.words.get("decoder") == "per_layer" and own == "stacked"
+        return {
+            **({"singleton_local_shards": True} if single else {}),
+            **({"non_homogeneous_layers": True} if apart else {}),
+        }
+
     def output(self, tensors: Sequence[OutTensor], target: Layout, args: Mapping[str, Any]) -> Output:
         """The files with tensors."""
         source, folder = self.source.stored.tensors, sidecar.RELEASE
@@ -81,15 +99,36 @@ def megatron_target(source: Checkpoint, options: Options, *, steps: int, repeate
     """Check the sizes against the model.
 
     Raises:
-        ConvertError: MTP001 for sizes or a container that make no sense here, MTP028 when the family has no such form.
+        ConvertError: MTP001 for sizes or a container that make no sense here, MTP020 when the config lacks what
+            Megatron has to be told, MTP028 when the family has no such form.
     """
     if options.container not in FORMATS:
         raise ConvertError("MTP001", Problem("--container", got=options.container, expected=", ".join(FORMATS)))
     if options.container == "legacy" and "legacy" not in source.family.forms:
         raise ConvertError("MTP028", Problem(f"{source.family.name} has no legacy names"))
     config = {**source.model_config, "tie_word_embeddings": source.dims.tied}
-    args = source.family.megatron_args(config, steps, repeated)
+    try:
+        args = source.family.megatron_args(config, steps, repeated)
+    except ConfigError as error:
+        hint = "correct config.json, or give the right one with --hf-config"
+        raise ConvertError("MTP020", Problem(str(error), "config.json"), hint=hint) from error
+    _since(args, options)
     return MegatronTarget(source, options, args, place(args, options))
+
+
+def _since(args: Mapping[str, Any], options: Options) -> None:
+    """Refuse a Megatron release that does not know an argument by which the model is built.
+
+    Raises:
+        ConvertError: MTP028.
+    """
+    release = f"Megatron-Core {options.megatron_version}"
+    later = {name: since for name, since in SINCE.items() if args.get(name) and options.version < since}
+    problems = [
+        Problem(f"{release} has no {n}", got=repr(args[n]), expected=f"{x}.{y} or later") for n, (x, y) in later.items()
+    ]
+    if problems:
+        raise ConvertError("MTP028", problems, hint="choose a later --megatron-version")
 
 
 def megatron_words(source: Checkpoint, options: Options) -> dict[str, str]:
@@ -98,6 +137,8 @@ def megatron_words(source: Checkpoint, options: Options) -> dict[str, str]:
     form = forms.get(options.container, Form())
     released = {w: s for w, s in form.words(options.version).items() if w in choices}
     carried = dict(provenance.words(source, "megatron"))
+    if carried.get("experts") == PACKED:
+        del carried["experts"]
     if carried.get("keys") != released.get("keys"):
         decided = {w for f in forms.values() for w in f.words(options.version)}
         carried = {w: s for w, s in carried.items() if w not in decided}

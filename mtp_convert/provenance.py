@@ -84,7 +84,7 @@ def record(job: Job, files: tuple[Written, ...]) -> str:
         "version": __version__,
         "family": source.family.name,
         "source": {
-            "name": source.located.given.name,
+            "name": source.located.pinned or source.located.given.name,
             "layout": source.layout.name,
             "container": source.stored.container,
             "dtypes": sorted({t.dtype.name for t in source.stored.in_files.values()}),

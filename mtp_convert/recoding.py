@@ -32,24 +32,6 @@ ENCODINGS = ("auto", "source", "bf16", "fp8-block", "mxfp4")
 FP8_BLOCK = Scheme(E4M3, (128, 128))
 FP8_POWERS = Scheme(E4M3, (128, 128), powers=True)
 MXFP4 = Scheme(E2M1, (1, 32), powers=True)
-# Words of params that stay in high precision in every release, because they decide, gate or pool: routers, gates of
-# heads and of the shared expert, the join of embedding and hidden state, convolutions, decay and strength of a linear
-# attention, weights and pools of sparse attention, relative positions.
-SENSITIVE = frozenset(
-    {
-        "router",
-        "shared_gate",
-        "head_gate",
-        "eh_proj",
-        "conv",
-        "alpha",
-        "beta",
-        "weights",
-        "pool",
-        "relative",
-        "distance",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +88,7 @@ def recoding(source: Checkpoint, plan: Plan, options: Options) -> Recoding:
     if options.encoding == "auto" and here and coded and options.dtype == "auto":
         return _same_folder(source, plan, as_it_is)
     if options.encoding in ("auto", "bf16"):
-        return Recoding(_plain(source), notes=_plain_notes(source, options, coded))
+        return Recoding(_plain(source), notes=_plain_notes(source, options))
     known = before(source)
     if options.encoding == "source":
         if known is None:
@@ -132,10 +114,16 @@ def _decoded_note(source: Checkpoint) -> tuple[str, ...]:
     return (f"weights decoded: {text}; on the way back --encoding source gives the same bytes",)
 
 
-def _plain_notes(source: Checkpoint, options: Options, coded: bool) -> tuple[str, ...]:
-    notes = []
-    if options.encoding == "auto" and (source.located.side / SOURCE_ENCODING).is_dir() and not coded:
-        notes.append("these weights were stored as codes once; --encoding source gives that form back")
+def once_coded(source: Checkpoint) -> tuple[str, ...]:
+    """A note about weights that hold values now, and whose codes can come back."""
+    kept = (source.located.side / SOURCE_ENCODING).is_dir()
+    if not kept or any(t.encoding is not None for t in source.stored.tensors.values()):
+        return ()
+    return ("these weights were stored as codes once; on the way to hf, --encoding source gives that form back",)
+
+
+def _plain_notes(source: Checkpoint, options: Options) -> tuple[str, ...]:
+    notes = list(once_coded(source)) if options.encoding == "auto" else []
     if source.stored.beside:
         notes.append(f"{len(source.stored.beside)} scales of activations or caches are not carried over")
     return tuple(notes)
@@ -230,20 +218,18 @@ def _new(source: Checkpoint, plan: Plan, encoding: str, known: Before | None) ->
 
 def _is_linear(step: Step) -> bool:
     """Whether a target tensor is a weight of a linear layer that releases quantise."""
-    if step.binding.high_precision or step.binding.vocab or len(step.shape) < 2 or 1 in step.shape[-2:]:
+    binding = step.binding
+    if binding.high_precision or binding.unquantised or binding.vocab or not step.tensor.endswith(("weight", "_proj")):
         return False
-    if not step.tensor.endswith(("weight", "_proj")):
-        return False
-    words = {word for part in step.binding.parts for word in part.param.split(".")}
-    return not words & SENSITIVE and len(step.shape) - step.binding.stacked == 2
+    return len(step.shape) - binding.stacked == 2 and 1 not in step.shape[-2:]
 
 
 def _scale_name(source: Checkpoint, known: Before | None) -> str:
-    """The last word of the names of scales: as before, else as the config's kind of release has them."""
+    """The last word of the names of scales: as before, else as the family's releases have them."""
     for tensor in known.stored.tensors.values() if known else ():
         if tensor.encoding is not None and tensor.encoding.scales is not None:
             return "scale" if tensor.encoding.scales.name.endswith(".scale") else "weight_scale_inv"
-    return "scale" if "expert_dtype" in source.model_config else "weight_scale_inv"
+    return source.family.scales
 
 
 def _fp8(weight: str, shape: Shape, *, powers: bool) -> Encoded:

@@ -6,29 +6,40 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
+from mtp_convert import tree
 from mtp_convert.convert import Result
-from mtp_convert.difference import CheckpointDifference
+from mtp_convert.difference import CheckpointDifference, Explained, grouped
 from mtp_convert.explanation import Explanation
 from mtp_convert.fsck import FolderCheck
 from mtp_convert.inspection import Inspection, Planned
-from mtp_convert.mapping.family import Family
 from mtp_convert.roundtrip import RoundTrip
-from mtp_convert.summary import Row, printable, size_text
+from mtp_convert.summary import Row, collapse, printable, size_text
+from mtp_convert.support import FamilySupport
 
 MOST_ROWS = 60
+MOST_NAMES = 12  # of params with one guess
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
 def paint(text: str, style: str, *, stream: Any = None) -> str:  # noqa: ANN401 - any text stream
     """`text` in a style, if the stream is a terminal and NO_COLOR is not set."""
     stream = stream or sys.stdout
-    wanted = os.environ.get("FORCE_COLOR") or (
-        stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    )
-    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if wanted else text
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if for_people(stream) and not plain else text
+
+
+def for_people(stream: Any = None) -> bool:  # noqa: ANN401 - any text stream
+    """Whether somebody looks at it, and not a program."""
+    return bool(os.environ.get("FORCE_COLOR")) or (stream or sys.stdout).isatty()
+
+
+def _lines(rows: list[Row]) -> Iterator[tree.Line]:
+    """A tree for people; in a pipe every name in one piece, to be searched."""
+    return tree.lines(rows) if for_people() else tree.flat(rows)
 
 
 def show_json(data: dict[str, Any]) -> None:
@@ -74,7 +85,7 @@ def show_inspection(i: Inspection) -> None:
     if i.left_behind:
         facts([("not weights", f"{len(i.left_behind)} entries stay behind, e.g. {i.left_behind[0]}")])
     print()
-    _tree(i.rows, "cyan" if False else None)
+    _tree(i.rows, None)
     if i.mtp_rows:
         print(paint("MTP heads", "cyan"))
         _tree(i.mtp_rows, "cyan")
@@ -96,14 +107,26 @@ def _parallel(sizes: Mapping[str, int]) -> str:
 
 
 def _tree(rows: list[Row], style: str | None) -> None:
-    width = shutil.get_terminal_size((100, 24)).columns
-    for row in rows:
-        dtype, shape = row.key[0], row.key[1]
-        right = f"{dtype} {list(shape) if isinstance(shape, tuple) else shape}  {size_text(row.nbytes):>9}"
-        count = f" x{row.count}" if row.count > 1 else ""
-        name = fit(printable(row.name) + count, max(20, width - len(right) - 4))
-        line = f"  {name}{' ' * max(1, width - len(name) - len(right) - 3)}"
-        print((paint(line, style) if style else line) + paint(right, "dim"))
+    for line in _lines(rows):
+        right = ""
+        if line.row:
+            dtype, shape = line.row.key[0], line.row.key[1]
+            right = f"{dtype} {list(shape) if isinstance(shape, tuple) else shape}"
+        _line(line, right, style)
+
+
+def _line(line: tree.Line, right: str, style: str | None) -> None:
+    """Name on the left; on the right what is known about it, and its size, in columns."""
+    count = f" x{line.row.count}" if line.row and line.row.count > 1 else ""
+    right = f"{right}  {size_text(line.nbytes):>9}"
+    room = max(20, _width() - len(right) - 3)
+    whole = "  " * (line.depth + 1) + printable(line.name) + count
+    name = fit(whole, room) if for_people() else whole
+    print((paint(f"{name:<{room}}", style) if style else f"{name:<{room}}") + " " + paint(right, "dim"))
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def fit(text: str, width: int) -> str:
@@ -127,19 +150,17 @@ def show_plan(p: Planned) -> None:
         ]
     )
     print()
-    width = shutil.get_terminal_size((100, 24)).columns
-    for row in p.rows[: MOST_ROWS * 4]:
-        op, origin = str(row.key[0]), str(row.key[1])
-        count = f" x{row.count}" if row.count > 1 else ""
-        print(f"  {fit(printable(row.name) + count, width - 4)}")
-        print(
-            "      " + paint(fit(f"<- {op}: {printable(origin)}", width - 16), "dim") + f"  {size_text(row.nbytes):>8}"
-        )
+    for line in _lines(p.rows):
+        op, origin = map(str, line.row.key[:2]) if line.row else ("", "")
+        _line(line, op, None)
+        if line.row:
+            indent = "  " * (line.depth + 3)
+            print(indent + paint(fit(f"<- {printable(origin)}", max(20, _width() - len(indent) - 1)), "dim"))
     _notes(p.notes)
 
 
-def show_result(r: Result, following: str) -> None:
-    """The end of a conversion and what to do next."""
+def show_result(r: Result, following: Sequence[str] = ()) -> None:
+    """The end of a conversion and the commands that may come next."""
     rate = r.nbytes / max(r.seconds, 1e-9)
     print(paint(f"wrote {printable(str(r.target))}", "green"))
     facts(
@@ -154,7 +175,8 @@ def show_result(r: Result, following: str) -> None:
         ]
     )
     _notes(list(r.notes))
-    print(f"{paint('next', 'dim')}          {printable(following)}")
+    for command in following:
+        print(f"{paint('next', 'dim')}          {printable(command)}")
 
 
 def show_roundtrip(r: RoundTrip) -> None:
@@ -176,19 +198,40 @@ def show_roundtrip(r: RoundTrip) -> None:
 
 
 def show_difference(d: CheckpointDifference) -> None:
-    """Verdict first, then the worst params."""
+    """Verdict first, then what happened to which params, the worst first."""
     verdict = paint("equal", "green") if d.equal else paint("different", "red")
-    print(f"{printable(d.a)} and {printable(d.b)}: {verdict} ({d.params} params compared)")
+    count = f", {len(d.differing)} differences" if d.differing else ""
+    print(f"{printable(d.a)} and {printable(d.b)}: {verdict} ({d.params} params compared{count})")
     for side, names in ((d.a, d.only_a), (d.b, d.only_b)):
-        for n in names[:MOST_ROWS]:
-            print(f"  only in {printable(side)}: {n}")
-    for row in sorted(d.differing, key=lambda r: -r.max_abs)[:MOST_ROWS]:
-        print(f"  {paint(row.param, 'red')}: {row.text}")
-        print(paint(f"      norms {row.norms[0]:.6g} and {row.norms[1]:.6g}; {row.a} | {row.b}", "dim"))
-    if len(d.differing) > MOST_ROWS:
-        print(f"  ... and {len(d.differing) - MOST_ROWS} more")
+        for row in collapse((n, 0, ()) for n in names)[:MOST_ROWS]:
+            print(f"  only in {printable(side)}: {row.name}" + (f" ({row.count} params)" if row.count > 1 else ""))
+    groups = grouped(d.differing)
+    for group in groups[:MOST_ROWS]:
+        _explained(group)
+    if len(groups) > MOST_ROWS:
+        print(f"  ... and {len(groups) - MOST_ROWS} more")
     if d.dtypes:
         print(f"  {len(d.dtypes)} params have two types, e.g. {d.dtypes[0]}")
+
+
+def _explained(group: Explained) -> None:
+    """One guess and the param that it fits worst, then the names of the others."""
+    worst = group.rows[0]
+    names = collapse((row.param, 0, ()) for row in group.rows)
+    how = {"exact": " (to the bit)", "rounding": " (to rounding)", "": ""}[worst.fit]
+    how += " (from a sample)" if worst.sampled else ""
+    what = paint(group.guess or "unexplained", "red") + how
+    print(f"{len(group.rows)} params: {what}, e.g." if len(group.rows) > 1 else what)
+    print(f"  {paint(worst.param, 'bold')} {list(worst.shape)}" + (f": {worst.detail}" if worst.detail else ""))
+    x, y = worst.values
+    where = f"{worst.count} of {prod(worst.shape)} differ, first at {list(worst.first)}: {x:.6g} and {y:.6g}"
+    print(f"      {where}; max difference {worst.max_abs:.3g} (relative {worst.relative:.3g})")
+    figures = f"norms {worst.norms[0]:.6g} and {worst.norms[1]:.6g}, cosine {worst.cosine:.4g}"
+    print(paint(f"      {figures}; {worst.a} | {worst.b}", "dim"))
+    for row in names[:MOST_NAMES] if len(group.rows) > 1 else ():
+        print(f"    {row.name}" + (f" x{row.count}" if row.count > 1 else ""))
+    if len(names) > MOST_NAMES:
+        print(f"    ... and {len(names) - MOST_NAMES} more kinds")
 
 
 def show_explanation(e: Explanation) -> None:
@@ -204,11 +247,21 @@ def show_explanation(e: Explanation) -> None:
             print(f"  {'':<{width}} ... and {len(rows) - MOST_ROWS} more")
 
 
-def show_families(families: Iterable[Family]) -> None:
+def show_families(families: Iterable[FamilySupport]) -> None:
     """One block per family."""
     for f in families:
         print(f"{paint(f.name, 'bold')}: {f.title}")
-        print(f"  model_type {', '.join(f.model_types)}; layouts {', '.join(f.choices)}")
+        layouts = (f"{layout} in {' or '.join(found)}" for layout, found in f.containers.items())
+        variants = (f"{name} ({layout})" for layout, names in f.variants.items() for name in names)
+        pairs = [
+            ("model_type", ", ".join((*f.model_types, *f.wrappers))),
+            ("layouts", ", ".join(layouts) + (f"; reads {', '.join(f.read)}" if f.read else "")),
+            ("variants", ", ".join(variants)),
+            ("MTP", f"{f.depth_field}; released with {' or '.join(map(str, f.released_depths))}"),
+            ("encodings", ", ".join(f.released_encodings)),
+            ("Megatron", f"{f.megatron_since} or later" + ("; run_config.yaml" if f.bridge_provider else "")),
+        ]
+        facts((name, text) for name, text in pairs if text)
         for note in f.notes:
             print(f"  - {note}")
 
@@ -224,3 +277,19 @@ def show_check(c: FolderCheck) -> None:
 def _notes(notes: list[str]) -> None:
     for note in notes:
         print(f"{paint('note', 'yellow')}          {printable(note)}")
+
+
+_SHOWN: dict[type, Callable[[Any], None]] = {
+    Inspection: show_inspection,
+    Planned: show_plan,
+    Result: show_result,
+    RoundTrip: show_roundtrip,
+    CheckpointDifference: show_difference,
+    Explanation: show_explanation,
+    FolderCheck: show_check,
+}
+
+
+def show(result: object) -> None:
+    """A result of any type."""
+    _SHOWN[type(result)](result)

@@ -13,11 +13,14 @@ from mtp_convert.convert import prepare, run
 from mtp_convert.engine.compare import StoredExtent, compare
 from mtp_convert.engine.gather import Reader
 from mtp_convert.engine.runner import Progress
+from mtp_convert.errors import ConvertError, Problem
+from mtp_convert.megatron_target import FORMATS, PACKED
 from mtp_convert.options import Options
+from mtp_convert.readable import Readable
 
 
 @dataclass(frozen=True)
-class RoundTrip:
+class RoundTrip(Readable):
     """What came back. `differing`: one line per tensor that is not bit-identical."""
 
     path: str
@@ -47,8 +50,16 @@ def roundtrip(
     scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> RoundTrip:
-    """Convert to `options.to` and back in a temporary folder and compare; nothing is kept."""
+    """Convert to `options.to` and back in a temporary folder and compare; nothing is kept.
+
+    Raises:
+        ConvertError: MTP028 for a form that is read only.
+    """
     home = source.layout.name
+    form = PACKED if source.layout.words.get("experts") == PACKED else source.stored.container
+    if form in (PACKED, "dcp"):
+        problem = Problem("the way back", got=f"{form}, which is read and not written", expected=", ".join(FORMATS))
+        raise ConvertError("MTP028", problem, hint="convert it, then compare both with `mtp-convert diff`")
     with tempfile.TemporaryDirectory(prefix="mtp-convert-", dir=scratch) as folder:
         there, back = Path(folder) / "there", Path(folder) / "back"
         run(prepare(source, options), there, progress=progress)

@@ -17,7 +17,7 @@ from mtp_convert.containers import safetensors
 from mtp_convert.containers.paths import member_path
 from mtp_convert.containers.torch_save import save_object
 from mtp_convert.encodings.dtype import CAST_TARGETS
-from mtp_convert.location import CARRIED, LATEST, PROVENANCE
+from mtp_convert.location import CARRIED, LATEST, PICTURES, PROVENANCE, VERIFIED
 from mtp_convert.options import Options
 from mtp_convert.quantization import HF_QUANT
 
@@ -50,14 +50,22 @@ def side_files(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        skip = relative.parts[0] in (".git", ".cache", SOURCE_HEADERS, SOURCE_ENCODING) or relative.name in (
-            PROVENANCE,
-            safetensors.INDEX,
-        )
-        if skip or not path.is_file() or path.name.endswith(WEIGHTS) or path.stat().st_size > LARGEST:
-            continue
-        found[relative.as_posix()] = member_path(folder, relative.as_posix(), folder.name)  # no link leads outside
+        if path.is_file() and travels(relative.as_posix(), path.stat().st_size):
+            found[relative.as_posix()] = member_path(folder, relative.as_posix(), folder.name)  # no link leads outside
     return found
+
+
+def travels(relative: str, nbytes: int) -> bool:
+    """Whether a file beside the weights is carried along, by its path and size."""
+    top, _, _ = relative.partition("/")
+    name = relative.rpartition("/")[2]
+    own = top in (".git", ".cache", SOURCE_HEADERS, SOURCE_ENCODING) or name in (
+        PROVENANCE,
+        VERIFIED,
+        *PICTURES,
+        safetensors.INDEX,
+    )
+    return not own and not name.endswith(WEIGHTS) and nbytes <= LARGEST
 
 
 def config_file(checkpoint: Checkpoint, depths: int, dtype: str, said: Said) -> Content:
@@ -103,7 +111,12 @@ def _carried_headers(checkpoint: Checkpoint) -> dict[str, bytes]:
     return files if index is None else {**files, f"{SOURCE_HEADERS}/{safetensors.INDEX}": index}
 
 
-def megatron_files(args: Mapping[str, Any], folder: str, version: tuple[int, int]) -> dict[str, bytes]:
+def common_state(args: Mapping[str, Any], content: Mapping[str, bool]) -> dict[str, Any]:
+    """What every rank of a converted checkpoint shares, with the `content_metadata` that its readers go by."""
+    return {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 0, "content_metadata": dict(content)}
+
+
+def megatron_files(common: Mapping[str, Any], folder: str, version: tuple[int, int]) -> dict[str, bytes]:
     """common.pt, metadata.json and the tracker file.
 
     common.pt is read by every release; 0.19 and later prefer it to their own `common_state` object when it exists.
@@ -111,12 +124,6 @@ def megatron_files(args: Mapping[str, Any], folder: str, version: tuple[int, int
     meta: dict[str, object] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     if version < (0, 19):
         meta |= {"common_backend": "torch", "common_backend_version": 1}
-    common = {
-        "args": Namespace(**args),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": {},
-    }
     return {
         f"{folder}/common.pt": save_object(common),
         f"{folder}/metadata.json": json.dumps(meta).encode(),
@@ -124,16 +131,18 @@ def megatron_files(args: Mapping[str, Any], folder: str, version: tuple[int, int
     }
 
 
-def megatron_small(source: Checkpoint, options: Options, physical: int, args: Mapping[str, Any], said: Said) -> Small:
+def megatron_small(source: Checkpoint, options: Options, physical: int, common: Mapping[str, Any], said: Said) -> Small:
     """Everything beside the tensors of a Megatron checkpoint; the Hugging Face files travel below `hf/`.
 
     The ranks' files of a legacy checkpoint hold their arguments themselves, and Megatron-Bridge does not read them.
     """
     dist = options.container == "torch_dist"
-    files = megatron_files(args, RELEASE, options.version) if dist else {LATEST: RELEASE.encode()}
-    if dist and source.family.bridge_provider:
+    files = megatron_files(common, RELEASE, options.version) if dist else {LATEST: RELEASE.encode()}
+    provider = source.family.bridge_provider
+    if dist and provider and not source.section:  # the language model of a larger one is built by another class
         dtype = _most_common_dtype(source, options)
-        files[f"{RELEASE}/run_config.yaml"] = run_config(source.family.bridge_provider, args, torch_dtype=dtype)
+        if (config := run_config(provider, vars(common["args"]), torch_dtype=dtype)) is not None:
+            files[f"{RELEASE}/run_config.yaml"] = config
     travelling: dict[str, Content] = {**_hf_files(source, options, physical, said), **_known(_carried_headers(source))}
     return {**{f"{CARRIED}/{relative}": c for relative, c in travelling.items()}, **_known(files)}
 

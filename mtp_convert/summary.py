@@ -35,16 +35,18 @@ def _pattern(names: Sequence[Sequence[str]]) -> str:
 
 
 def _stem(word: str) -> str:
-    """A number without its digits; grouped experts number their weights: `weight12`."""
-    stem = word.rstrip("0123456789")
-    return f"{stem}#" if stem != word and stem in ("", "weight") else word
+    """A number without its digits; experts number their weights (`weight12`), or halves of them (`weight12_w`)."""
+    half = word[-2:] if word.endswith(("_w", "_v")) else ""
+    whole = word.removesuffix(half)
+    stem = whole.rstrip("0123456789")
+    return f"{stem}#{half}" if stem != whole and stem in ("", "weight") else word
 
 
 def _column(values: list[str]) -> str:
     if len(values) == 1:
         return values[0]
-    stem = _stem(values[0]).removesuffix("#")
-    return f"{stem}{{{ranges(sorted(int(v.removeprefix(stem)) for v in values))}}}"
+    stem, _, half = _stem(values[0]).partition("#")
+    return f"{stem}{{{ranges(sorted(int(v.removeprefix(stem).removesuffix(half)) for v in values))}}}{half}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -7,19 +7,15 @@ writes it.
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from mtp_convert.checkpoint import Checkpoint, explained
-from mtp_convert.containers.base import Stored, StoredTensor
+from mtp_convert import quantization
+from mtp_convert.checkpoint import Checkpoint
+from mtp_convert.containers.base import StoredTensor
+from mtp_convert.encoded import called
 from mtp_convert.engine.compare import StoredExtent, compare
 from mtp_convert.engine.gather import Reader
 from mtp_convert.errors import ConvertError, Problem
@@ -28,6 +24,7 @@ from mtp_convert.mapping.family import ConfigError, with_depths
 from mtp_convert.mapping.layout import Binding, Layout
 from mtp_convert.mapping.rules import Placed
 from mtp_convert.parts import of_depths
+from mtp_convert.reread import in_files, joined
 
 # What opens an MTP depth has no twin in the decoder.
 FUSION_NORMS = ("enorm", "hnorm")
@@ -46,12 +43,16 @@ def graft(base: Checkpoint, draft: Checkpoint) -> Checkpoint:
     heads = {b.tensor for b in draft.layout.bindings.values() if _is_mtp(b)}
     heads |= {n for n in draft.copies if of_depths(draft.layout.copies[n]) or n not in base.layout.bindings}
     mine = {b.tensor for b in base.layout.bindings.values() if _is_mtp(b)}
-    tensors = {n: t for n, t in base.stored.tensors.items() if n not in mine}
-    tensors |= {n: t for n, t in draft.stored.tensors.items() if n in heads and n not in tensors}
+    _same_quantization(base, draft, heads)
+    kept = base.stored.tensors.keys() - mine
+    tensors = in_files(base, kept) | in_files(draft, heads & draft.stored.tensors.keys() - kept)
     theirs = draft.model_config
     fields = (base.family.depths.name, *base.family.depths.others)
     section = {**base.model_config, **{f: theirs[f] for f in fields if f in theirs}}
-    return _joined(base, tensors, section, (*base.stored.files, *draft.stored.files))
+    depths = base.family.depths.declared(theirs)
+    if base.family.depths.declared(section) != depths:  # counted in a section of its own
+        section = base.family.depths.corrected(section, depths)
+    return joined(base, tensors, section, files=(*base.stored.files, *draft.stored.files))
 
 
 def init(base: Checkpoint, depths: int) -> Checkpoint:
@@ -75,7 +76,8 @@ def init(base: Checkpoint, depths: int) -> Checkpoint:
         raise ConvertError("MTP020", Problem(str(error), "config.json"), hint=hint) from error
     layout = family.layout(base.layout.name, dims, base.layout.words)
     twins = dict(_twins(list(family.places(dims))))
-    made, missing = {}, []
+    made: dict[str, StoredTensor] = {}
+    missing = []
     for binding in layout.bindings.values():
         if not _is_mtp(binding):
             continue
@@ -83,10 +85,10 @@ def init(base: Checkpoint, depths: int) -> Checkpoint:
         if found is None:
             missing.append(Problem(f"{binding.tensor} has no twin in the decoder"))
         else:
-            made[binding.tensor] = found
+            made |= {t.name: t for t in found}
     if missing:
         raise ConvertError("MTP028", missing, hint="no decoder layer is of the kind that an MTP depth needs")
-    return _joined(base, {**base.stored.tensors, **made}, section, base.stored.files)
+    return joined(base, {**base.stored.in_files, **made}, section, files=base.stored.files)
 
 
 def _same_model(base: Checkpoint, draft: Checkpoint) -> None:
@@ -102,7 +104,7 @@ def _same_model(base: Checkpoint, draft: Checkpoint) -> None:
         wrong = ((n, p) for n, p in draft.layout.params.items() if n in shapes and shapes[n].shape != p.shape)
         problems += [Problem(n, got=str(list(p.shape)), expected=str(list(shapes[n].shape))) for n, p in wrong]
         hidden = _width(base), _width(draft)
-        if hidden[0] != hidden[1]:
+        if None not in hidden and hidden[0] != hidden[1]:
             problems.append(Problem("hidden size", got=str(hidden[1]), expected=str(hidden[0])))
     if problems:
         raise ConvertError("MTP028", problems, hint="convert one of them first; both must be the same model")
@@ -110,9 +112,25 @@ def _same_model(base: Checkpoint, draft: Checkpoint) -> None:
         raise ConvertError("MTP022", Problem("no MTP depth", str(draft.located.given)))
 
 
-def _width(c: Checkpoint) -> int:
-    """The hidden size, as the config says it."""
-    return int(c.model_config["hidden_size"])
+def _width(c: Checkpoint) -> int | None:
+    """The hidden size: that of a norm at its ends, if it holds one."""
+    norms = ("final_norm", *(f"mtp.0.{norm}" for norm in FUSION_NORMS))
+    return next((c.layout.params[n].shape[0] for n in norms if n in c.layout.params), None)
+
+
+def _same_quantization(base: Checkpoint, draft: Checkpoint, heads: set[str]) -> None:
+    """One config must describe both.
+
+    Raises:
+        ConvertError: MTP028.
+    """
+    if all(draft.tensor(n).encoding is None for n in heads & draft.stored.tensors.keys()):
+        return
+    ours, theirs = (quantization.read(c.config, c.section, c.located.side) for c in (base, draft))
+    fields = ("method", "fp8", "fp4", "powers")
+    pairs = [(f, getattr(ours, f), getattr(theirs, f)) for f in fields]
+    if problems := [Problem(f"quantisation: {f}", got=str(b), expected=str(a)) for f, a, b in pairs if a != b]:
+        raise ConvertError("MTP028", problems, hint="convert the heads with --encoding bf16 first")
 
 
 def _same_ends(base: Checkpoint, draft: Checkpoint) -> None:
@@ -148,16 +166,20 @@ def _twins(places: list[Placed]) -> Iterator[tuple[str, str]]:
             yield place.param.format_map(dict(place.at)), same[-1].param.format_map(dict(same[-1].at))
 
 
-def _new(binding: Binding, twins: Mapping[str, str], base: Checkpoint, layout: Layout) -> StoredTensor | None:
-    """A stored tensor with the values that a new MTP tensor begins with."""
+def _new(
+    binding: Binding, twins: Mapping[str, str], base: Checkpoint, layout: Layout
+) -> tuple[StoredTensor, ...] | None:
+    """What is stored of the values that a new MTP tensor begins with: the tensor, or codes and scales."""
     params = [part.param for part in binding.parts]
     source = [_origin(p, twins, base) for p in params]
     if all(source):
         homes = {base.layout.home[s][0].tensor for s in source if s}
         if len(homes) == 1 and (own := base.tensor(homes.pop())).shape == binding.shape:
-            return replace(own, name=binding.tensor)
+            if own.encoding is None:
+                return (replace(own, name=binding.tensor),)
+            return tuple(called(t, own.name, binding.tensor) for t in in_files(base, [own.name]).values())
     if all(p.endswith((*HIDDEN, *EMBEDDED)) for p in params):
-        return _passing(binding, base, layout)
+        return (_passing(binding, base, layout),)
     return None
 
 
@@ -190,15 +212,3 @@ def _passing(binding: Binding, base: Checkpoint, layout: Layout) -> StoredTensor
             n = layout.params[part.param].shape[0]
             values[row : row + n, column : column + n].fill_diagonal_(1)
     return stored_tensor(binding.tensor, values)
-
-
-def _joined(base: Checkpoint, tensors: dict[str, StoredTensor], section: Mapping[str, Any], files: Any) -> Checkpoint:  # noqa: ANN401
-    """One checkpoint of tensors from several places, under a config that says so."""
-    config = {**base.config, base.section[0]: dict(section)} if base.section else dict(section)
-    folder = Path(tempfile.mkdtemp(prefix="mtp-convert-joined-"))
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    stored = Stored("joined", base.stored.folder, tensors, files=files)
-    located = replace(base.located, container="joined")
-    found = explained(stored, located, layout=base.layout.name, hf_config=folder / "config.json")
-    weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_convert.adapters._config import partial_rotary, rope_scaling, rope_theta
+from mtp_convert.adapters._config import number, partial_rotary, rope_scaling, rope_theta
 from mtp_convert.adapters.blocks import Attention, DeltaNet, Mamba, Mla, Moe
 from mtp_convert.mapping.family import Config
 
@@ -81,7 +81,7 @@ def mla_args(config: Config, d: Mla) -> dict[str, Any]:
             "experimental_attention_variant": "dsa",
             "dsa_indexer_n_heads": d.indexer.X,
             "dsa_indexer_head_dim": d.indexer.Y,
-            "dsa_indexer_topk": config["index_topk"],
+            "dsa_indexer_topk": number(config, "index_topk"),
         }
     return args
 

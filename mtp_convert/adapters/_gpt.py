@@ -14,16 +14,17 @@ from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, flags, number, optional
 from mtp_convert.mapping.family import Config, ConfigError
-from mtp_convert.mapping.rules import Block, Copy, Placed
+from mtp_convert.mapping.rules import Block, Copy, Placed, Words
 
 SPARSE = {"sparse": True, "dense": False}
+PROVIDERS = "megatron.bridge.models"  # Megatron-Bridge 0.6
+GPT_PROVIDER, MLA_PROVIDER = f"{PROVIDERS}.gpt_provider.GPTModelProvider", f"{PROVIDERS}.mla_provider.MLAModelProvider"
 KEPT_BIAS = "The router bias keeps its stored dtype under --dtype."
 KEPT_ROUTER = "The router's weight and bias keep their stored dtype under --dtype."
 COLUMNS = "eh_proj columns are [embedding | hidden]."
 COPIES = "embed_tokens and shared_head.head of an MTP layer are copies of the main embedding and head."
 TOWER = "The vision tower is no part of the language model: it stays behind (--allow-unmapped)."
 LATENT = "Rows of a query head are [without rope; with rope]."
-LATENT_WORDS = ("wrapper", "decoder", "mlp_norm", "moe_norm", "q_norm", "kv_norm", "final_norm")
 APART = {"q_norm": "q_layernorm.weight", "kv_norm": "kv_layernorm.weight"}  # latent attention that is sparse
 
 A = TypeVar("A")
@@ -164,6 +165,6 @@ def megatron_args(
     return {**found, "moe_layer_freq": [int(s) for s in d.sparse]} if d.moe else found
 
 
-def stacked(d: Dims[Any]) -> str:
-    """How Megatron-Core stores the decoder layers: stacked, unless `moe_layer_freq` lists them."""
-    return "per_layer" if d.moe else "stacked"
+def megatron_words(d: Dims[Any]) -> Words:
+    """Megatron-Core stores the decoder layers stacked, unless `moe_layer_freq` lists them."""
+    return {"decoder": "per_layer" if d.moe else "stacked"}

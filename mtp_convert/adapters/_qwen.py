@@ -175,11 +175,7 @@ def gated_kinds(d: Dims, *, by_head: bool) -> Kinds:
 def gated_choices(experts: tuple[str, str]) -> dict[str, Choices]:
     """The spellings of Qwen3-Next and Qwen3.5; `experts` outside of MTP, the released spelling first."""
     norms = ("attention_norm", "delta_norm", "mlp_norm", "moe_norm", "final_norm")
-    return {
-        "hf": {"trunk": b.TRUNKS, "experts": experts, "mtp_experts": ("split", "stacked")},
-        "megatron": b.megatron_words("wrapper", "decoder", *norms, inner="transformer_layer"),
-        "native": {},
-    }
+    return b.choices("wrapper", "decoder", *norms, experts=experts, mtp_experts=b.EXPERTS)
 
 
 def places(d: Dims, kinds: Kinds) -> Iterator[Placed]:

@@ -155,7 +155,7 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
 
 def megatron_words(d: Dims) -> Words:
     """Layers are stored one by one, unless all are alike."""
-    return {"decoder": "per_layer" if any(d.attention.linear) else gpt.stacked(d)}
+    return {"decoder": "per_layer"} if any(d.attention.linear) else gpt.megatron_words(d)
 
 
 FAMILY = Family(
@@ -164,17 +164,13 @@ FAMILY = Family(
     title="Ring-2.5, Ling-2.5, Ling-3.0-Flash (linear and latent attention, MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked"), "kda_out": ("o_proj", "dense")},
-        "megatron": b.megatron_words(*gpt.LATENT_WORDS, inner="transformer_layer"),
-        "native": {},
-    },
+    choices=b.choices(*b.LATENT_WORDS, experts=b.EXPERTS, kda_out=("o_proj", "dense")),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     megatron_words=megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
     megatron_since=(0, 12),
+    unproven="Megatron-Core has neither kind of linear attention",
     notes=(
         ling.FUSED,
         gpt.COLUMNS,

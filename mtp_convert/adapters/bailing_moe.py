@@ -14,8 +14,8 @@ from mtp_convert.adapters import _bailing as ling
 from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import depth_field
-from mtp_convert.mapping.family import Config, Family
-from mtp_convert.mapping.rules import Placed, Words
+from mtp_convert.mapping.family import Config, Family, Released
+from mtp_convert.mapping.rules import Placed
 
 Dims = gpt.Dims[b.Attention]
 
@@ -42,29 +42,20 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
     return gpt.megatron_args(config, d, steps, repeated=repeated, attention=args.attention_args(d.attention))
 
 
-def megatron_words(d: Dims) -> Words:
-    """Layers are stored one by one, unless all are dense."""
-    return {"decoder": gpt.stacked(d)}
-
-
 FAMILY = Family(
     name="bailing_moe",
     model_types=("bailing_moe_v2",),
     title="Ling 2.0 (MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(
-            "wrapper", "decoder", "attention_norm", "mlp_norm", "moe_norm", "final_norm", inner="transformer_layer"
-        ),
-        "native": {},
-    },
+    choices=b.choices(*b.GROUPED_WORDS, experts=b.EXPERTS),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
-    megatron_words=megatron_words,
+    megatron_words=gpt.megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
+    bridge_provider=gpt.GPT_PROVIDER,
     megatron_since=(0, 12),
+    released=Released((0, 1)),
+    unproven="transformers has no such model",
     notes=(ling.FUSED, gpt.COLUMNS, "The embedding and the head are the main model's.", gpt.KEPT_BIAS),
 )

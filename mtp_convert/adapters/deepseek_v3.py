@@ -14,7 +14,7 @@ from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, depth_field, number
-from mtp_convert.mapping.family import Config, Family
+from mtp_convert.mapping.family import Config, Family, Released
 from mtp_convert.mapping.rules import Placed, Words
 
 Dims = gpt.Dims[b.Mla]
@@ -41,7 +41,7 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
 
 def megatron_words(d: Dims) -> Words:
     """Sparse attention keeps the norms of both ranks apart."""
-    return {"decoder": gpt.stacked(d), **(gpt.APART if d.attention.indexer else {})}
+    return {**gpt.megatron_words(d), **(gpt.APART if d.attention.indexer else {})}
 
 
 FAMILY = Family(
@@ -50,16 +50,20 @@ FAMILY = Family(
     title="DeepSeek-V3 / R1 / V3.1 / V3.2, Kimi-K2 (latent attention, MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(*gpt.LATENT_WORDS, inner="transformer_layer"),
-        "native": {},
-    },
+    choices=b.choices(*b.LATENT_WORDS, experts=b.EXPERTS),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     megatron_words=megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
+    bridge_provider=gpt.MLA_PROVIDER,
     megatron_since=(0, 12),
-    notes=(gpt.COLUMNS, gpt.LATENT, gpt.COPIES, gpt.KEPT_BIAS),
+    released=Released((0, 1), ("fp8",)),
+    notes=(
+        gpt.COLUMNS,
+        gpt.LATENT,
+        gpt.COPIES,
+        gpt.KEPT_BIAS,
+        "Without q_lora_rank (Moonlight) there is no norm of queries, but Megatron-Core 0.19 puts one into "
+        "linear_q_proj and does not load the checkpoint; older releases do.",
+    ),
 )

@@ -27,7 +27,7 @@ from mtp_convert.adapters._v4_tables import (
     ROUTER,
 )
 from mtp_convert.adapters.blocks.table import Line, params_of, rows_of, table
-from mtp_convert.mapping.family import Config, ConfigError, Family
+from mtp_convert.mapping.family import Config, ConfigError, Family, Released
 from mtp_convert.mapping.ops import Concat, Permute
 from mtp_convert.mapping.rules import Block, Copy, Extra, Placed, Row, Rule, only, rule
 
@@ -71,14 +71,16 @@ def dims(config: Config, depths: int) -> Dims:
 
 MATRIX = ".weight"  # Megatron keeps an `_extra_state` for every module that has one
 NO_STATE = ("mapping_proj.weight", "router.weight")
+UNQUANTISED = ("router", "weights")  # last words, beside the pools
 KEPT = ("sink", "router_bias", "bias", "fn", "base", "scale", "pre", "post", "res")  # last words; high precision
 
 
 def lines_block(lines: tuple[Line, ...], sizes: Mapping[str, int], *more: Row, **others: tuple[Row, ...]) -> Block:
     """A block of one-param tensors, with `more` rows of Megatron and `others` of the other layouts."""
     kept = [ln.param for ln in lines if ln.param.rpartition(".")[2] in KEPT]
-    # AutoModel computes attention's pooling in float32, and keeps its weights so.
-    wide = [*kept, *(ln.param for ln in lines if ln.param.endswith(("pool.kv", "pool.gate")))]
+    pools = [ln.param for ln in lines if ln.param.endswith(("pool.kv", "pool.gate"))]
+    wide = [*kept, *pools]  # AutoModel computes attention's pooling in float32, and keeps its weights so
+    unquantised = [*pools, *(ln.param for ln in lines if ln.param.rpartition(".")[2] in UNQUANTISED)]
     modules = [ln.names["megatron"] for ln in lines if ln.names["megatron"].endswith(MATRIX)]
     rows: dict[str, tuple[Row, ...]] = {
         "hf": tuple(rows_of(lines, "hf")),
@@ -93,7 +95,7 @@ def lines_block(lines: tuple[Line, ...], sizes: Mapping[str, int], *more: Row, *
     }
     extra = {"megatron": more, **others}
     merged = {layout: found + extra.get(layout, ()) for layout, found in rows.items()}
-    return Block(tuple(params_of(lines, sizes, high_precision=kept)), merged)
+    return Block(tuple(params_of(lines, sizes, high_precision=kept, unquantised=unquantised)), merged)
 
 
 def hyper_connection(hf: str, tree: str, megatron: str, sizes: Mapping[str, int]) -> Block:
@@ -294,8 +296,9 @@ FAMILY = Family(
     depths=DEPTHS,
     forms=b.MEGATRON_FORMS,
     megatron_args=megatron_args,
-    bridge_provider="",
     megatron_since=(0, 19),
+    released=Released((1,), ("fp8", "mxfp4")),
+    scales="scale",
     foreign={
         "dspark_block_size": "a DSpark drafter below `mtp.`, no MTP depth",
         "mtp.0.main_norm.weight": "a DSpark drafter below `mtp.`, no MTP depth",

@@ -116,18 +116,12 @@ FAMILY = Family(
     title="ERNIE-4.5 MoE (text)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(
-            "wrapper", "decoder", "attention_norm", "mlp_norm", "moe_norm", "final_norm", inner="transformer_layer"
-        ),
-        "native": {},
-    },
+    choices=b.choices(*b.GROUPED_WORDS, experts=b.EXPERTS),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
     megatron_since=(0, 12),
+    unproven="Megatron-Core 0.19 refuses a router bias beside softmax scores",
     notes=(
         "mtp_linear_proj columns are [embedding | hidden].",
         "MTP layers are dense: Megatron's model needs a spec that says so, else they are of the last layer's kind.",

@@ -66,21 +66,16 @@ FAMILY = Family(
     title="EXAONE-MoE / K-EXAONE (sliding attention, MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(
-            "wrapper", "decoder", "attention_norm", "mlp_norm", "moe_norm", "final_norm", inner="transformer_layer"
-        ),
-        "native": {},
-    },
+    choices=b.choices(*b.GROUPED_WORDS, experts=b.EXPERTS),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     megatron_words=q.megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
     megatron_since=(0, 12),
     notes=(
-        "The MTP layer is dense. `mtp_share_layers` means that the one stored depth runs several times.",
+        "The MTP layer is dense: Megatron's model needs a spec that says so, else it is of the last layer's kind.",
+        "`mtp_share_layers` means that the one stored depth runs several times.",
+        "Megatron-Core gives MTP layer k the window and the positions of decoder layer k, as the release has it.",
         gpt.KEPT_BIAS,
         q.SEVERAL,
         q.COLUMNS,

@@ -13,8 +13,8 @@ from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import silent_depth_field
-from mtp_convert.mapping.family import Config, Family
-from mtp_convert.mapping.rules import Placed, Words
+from mtp_convert.mapping.family import Config, Family, Released
+from mtp_convert.mapping.rules import Placed
 
 VISION = "glm4v_moe_text"
 FIRST_SPARSE = 1  # where the config does not say which layers have experts
@@ -44,30 +44,20 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
     )
 
 
-def megatron_words(d: Dims) -> Words:
-    """Layers are stored one by one, unless all are dense."""
-    return {"decoder": gpt.stacked(d)}
-
-
 FAMILY = Family(
     name="glm4_moe",
     model_types=("glm4_moe", VISION),
     title="GLM-4.5 / 4.6 / 4.7 / Air, GLM-4.5V's language model (MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(
-            "wrapper", "decoder", "attention_norm", "mlp_norm", "moe_norm", "final_norm", inner="transformer_layer"
-        ),
-        "native": {},
-    },
+    choices=b.choices(*b.GROUPED_WORDS, experts=b.EXPERTS),
     depths=silent_depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
-    megatron_words=megatron_words,
+    megatron_words=gpt.megatron_words,
     forms=b.MEGATRON_FORMS,
     nested={"trunk": "model.language_model."},
-    bridge_provider="",
+    bridge_provider=gpt.GPT_PROVIDER,
     megatron_since=(0, 12),
+    released=Released((1,), ("bf16", "fp8")),
     notes=(gpt.COLUMNS, gpt.COPIES, gpt.TOWER, gpt.KEPT_BIAS),
 )

@@ -13,7 +13,7 @@ from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import depth_field
 from mtp_convert.mapping.family import Config, Family
-from mtp_convert.mapping.rules import Placed, Words
+from mtp_convert.mapping.rules import Placed
 
 FIRST_SPARSE = 1  # where the config does not say which layers have experts
 
@@ -37,27 +37,18 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
     return gpt.megatron_args(config, d, steps, repeated=repeated, attention=args.mla_args(config, d.attention))
 
 
-def megatron_words(d: Dims) -> Words:
-    """Layers are stored one by one, unless all are dense."""
-    return {"decoder": gpt.stacked(d)}
-
-
 FAMILY = Family(
     name="glm4_moe_lite",
     model_types=("glm4_moe_lite",),
     title="GLM-4.7-Flash (latent attention, MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(*gpt.LATENT_WORDS, inner="transformer_layer"),
-        "native": {},
-    },
+    choices=b.choices(*b.LATENT_WORDS, experts=b.EXPERTS),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
-    megatron_words=megatron_words,
+    megatron_words=gpt.megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
+    bridge_provider=gpt.MLA_PROVIDER,
     megatron_since=(0, 12),
     notes=(gpt.COLUMNS, gpt.LATENT, gpt.COPIES, gpt.KEPT_BIAS),
 )

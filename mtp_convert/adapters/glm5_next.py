@@ -194,8 +194,8 @@ FAMILY = Family(
     megatron_words=lambda _: gpt.APART,
     nested={"trunk": "model.language_model."},
     wrappers=("glm5_next",),
-    bridge_provider="",
     megatron_since=(0, 17),
+    unproven="Megatron-Core 0.19 has neither these hyper-connections nor this linear attention",
     notes=(
         "Megatron-Core 0.19 has no such model: names are those that mcore-bridge gives it on the development branch. "
         "Megatron-Bridge's own, newer model splits eh_proj in two and gives MTP layers hyper-connections, which no "

@@ -15,7 +15,7 @@ from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, depth_field, flags, number, optional
-from mtp_convert.mapping.family import Config, ConfigError, Family
+from mtp_convert.mapping.family import Config, ConfigError, Family, Released
 from mtp_convert.mapping.rules import Placed, Words
 
 FIRST_SPARSE = 3  # where the config does not say which layers have experts
@@ -98,7 +98,7 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
 
 def megatron_words(d: Dims) -> Words:
     """Sparse attention keeps the norms of both ranks apart."""
-    return {"decoder": gpt.stacked(d), **gpt.APART}
+    return {**gpt.megatron_words(d), **gpt.APART}
 
 
 FAMILY = Family(
@@ -107,17 +107,14 @@ FAMILY = Family(
     title="GLM-5 / 5.1 / 5.2 (sparse latent attention, MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(*gpt.LATENT_WORDS, inner="transformer_layer"),
-        "native": {},
-    },
+    choices=b.choices(*b.LATENT_WORDS, experts=b.EXPERTS),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     megatron_words=megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
+    bridge_provider=gpt.MLA_PROVIDER,
     megatron_since=(0, 16),
+    released=Released((1,), ("bf16", "fp8")),
     notes=(
         gpt.COLUMNS,
         gpt.LATENT,

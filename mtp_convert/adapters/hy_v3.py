@@ -14,7 +14,7 @@ from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import depth_field, either
 from mtp_convert.mapping.family import Config, ConfigError, Family
-from mtp_convert.mapping.rules import Placed, Words
+from mtp_convert.mapping.rules import Placed
 
 FIRST_SPARSE = 1  # where the config does not say which layers have experts
 RELEASED = (("mlp.gate.weight", "mlp.router.gate.weight"), ("mlp.shared_experts.", "mlp.shared_mlp."))
@@ -47,29 +47,18 @@ def megatron_args(config: Config, steps: int, repeated: bool) -> dict[str, Any]:
     return gpt.megatron_args(found, d, steps, repeated=repeated, attention=args.attention_args(d.attention))
 
 
-def megatron_words(d: Dims) -> Words:
-    """Layers are stored one by one, unless all are dense."""
-    return {"decoder": gpt.stacked(d)}
-
-
 FAMILY = Family(
     name="hy_v3",
     model_types=("hy_v3",),
     title="HY-V3 / Hy3 (MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(
-            "wrapper", "decoder", "attention_norm", "mlp_norm", "moe_norm", "final_norm", inner="transformer_layer"
-        ),
-        "native": {},
-    },
+    choices=b.choices(*b.GROUPED_WORDS, experts=b.EXPERTS),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
-    megatron_words=megatron_words,
+    megatron_words=gpt.megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
+    bridge_provider=gpt.GPT_PROVIDER,
     megatron_since=(0, 12),
     notes=(
         "The norm behind an MTP layer is final_layernorm; mcore-bridge 1.6 looks for shared_head.norm, and misses it.",

@@ -16,7 +16,7 @@ from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, flags, number, optional
 from mtp_convert.adapters.blocks.table import Line, block_of, params_of, rows_of, table
 from mtp_convert.mapping.family import Config, ConfigError, DepthField, Family
-from mtp_convert.mapping.ops import Concat, Grouped
+from mtp_convert.mapping.ops import Grouped
 from mtp_convert.mapping.rules import Block, Param, Placed, Row, rule
 
 WINDOW = {"hybrid_sliding": True, "hybrid": False}
@@ -166,7 +166,7 @@ def moe(text: Config, inner: int) -> b.Moe:
 
 def joined(block: Block, lines: Sequence[Line], sizes: Mapping[str, int], **rows: Sequence[Row]) -> Block:
     """Megatron's block with Hugging Face `rows` for its params, and with params of this model behind them."""
-    own = params_of(lines, sizes, high_precision=[line.param for line in lines if line.param in KEPT])
+    own = params_of(lines, sizes, high_precision=KEPT, unquantised=["relative"])
     base = {"megatron": block.rows["megatron"], **rows}
     return Block(
         (*block.params, *own),
@@ -221,7 +221,7 @@ def with_shared(block: Block, m: b.Moe) -> Block:
         ),
         "native": tuple(rule(f"{module}.{p}_proj", f"shared.{{s}}.{p}", over=stacked) for p in ("gate", "up", "down")),
         "megatron": (
-            rule(f"{module}.{{s}}.linear_fc1.weight", *first, op=Concat(0)),
+            *b.halves(f"{module}.{{s}}.linear_fc1.weight", *first),
             rule(f"{module}.{{s}}.linear_fc2.weight", "shared.{s}.down"),
         ),
     }
@@ -298,10 +298,10 @@ FAMILY = Family(
         ),
         "native": {},
     },
-    depths=DepthField(declared, corrected),
+    depths=DepthField(declared, corrected, others=("mtp_config",)),
     megatron_args=megatron_args,
-    bridge_provider="",
     megatron_since=(0, 12),
+    unproven="Megatron-Core has neither these relative positions nor convolutions of keys and values",
     notes=(
         "Megatron has no such model: names are those that it gives the same blocks elsewhere, or ours.",
         "input_proj columns are [hidden | embedding] in the release, [embedding | hidden] in Megatron: halves swap.",

@@ -15,7 +15,7 @@ from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, number, optional, silent_depth_field
-from mtp_convert.mapping.family import Config, ConfigError, Family
+from mtp_convert.mapping.family import Config, ConfigError, Family, Released
 from mtp_convert.mapping.rules import Block, Copy, Placed
 
 HF_LAYER = "{trunk}layers.{pair}."
@@ -125,13 +125,7 @@ FAMILY = Family(
     title="LongCat-Flash (latent attention, shortcut MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(
-            "wrapper", "mlp_norm", "q_norm", "kv_norm", "final_norm", inner="transformer_layer"
-        ),
-        "native": {},
-    },
+    choices=b.choices("wrapper", "mlp_norm", "q_norm", "kv_norm", "final_norm", experts=b.EXPERTS),
     depths=silent_depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     foreign={
@@ -140,8 +134,9 @@ FAMILY = Family(
         "ngram_vocab_size_ratio": "LongCat with n-gram embeddings",
         "oe_vocab_size_ratio": "LongCat with n-gram embeddings",
     },
-    bridge_provider="",
     megatron_since=(0, 12),
+    released=Released((1,), ("bf16", "fp8")),
+    unproven="Megatron-Core has no layers of two attentions with experts beside them",
     notes=(
         "Megatron has no such model: half h of layer p is named decoder.layers.{2p + h}, its experts are "
         "decoder.layers.{2p}.shortcut_mlp.",

@@ -64,21 +64,16 @@ FAMILY = Family(
     title="Mellum 2 (sliding attention, MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(
-            "wrapper", "decoder", "attention_norm", "mlp_norm", "moe_norm", "final_norm", inner="transformer_layer"
-        ),
-        "native": {},
-    },
+    choices=b.choices(*b.GROUPED_WORDS, experts=b.EXPERTS),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     megatron_words=q.megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
     megatron_since=(0, 12),
     notes=(
         "Megatron names are ours: no Megatron stack has this model; its one rotary base is that of full attention.",
+        "Megatron-Core gives MTP layer k the window of decoder layer k, whatever `mtp_layer_types` says; one whose MLP "
+        "is not of the last layer's kind needs a spec that says so.",
         q.SEVERAL,
         q.COLUMNS,
     ),

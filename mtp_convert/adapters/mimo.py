@@ -80,18 +80,11 @@ FAMILY = Family(
     title="MiMo-7B, Qwen2 (dense)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS},
-        "megatron": b.megatron_words(
-            "wrapper", "decoder", "attention_norm", "mlp_norm", "final_norm", inner="transformer_layer"
-        ),
-        "native": {},
-    },
+    choices=b.choices("wrapper", "decoder", "attention_norm", "mlp_norm", "final_norm"),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     megatron_words=megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
     megatron_since=(0, 12),
     notes=(
         "input_proj columns are [hidden | embedding] in the release, [embedding | hidden] in Megatron: halves swap.",

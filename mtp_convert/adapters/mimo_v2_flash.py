@@ -15,7 +15,7 @@ from typing import Any
 from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, depth_field, flags, number, optional
-from mtp_convert.mapping.family import Config, ConfigError, DepthField, Family
+from mtp_convert.mapping.family import Config, ConfigError, DepthField, Family, Released
 from mtp_convert.mapping.ops import Grouped
 from mtp_convert.mapping.rules import Block, Placed, Row, Words, only, rule
 
@@ -168,20 +168,15 @@ FAMILY = Family(
     title="MiMo-V2-Flash / V2.5 / V2-Pro (window attention, MoE)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "qkv": ("split", "fused"), "experts": ("split", "stacked")},
-        "megatron": b.megatron_words(
-            "wrapper", "decoder", "attention_norm", "mlp_norm", "moe_norm", "final_norm", inner="transformer_layer"
-        ),
-        "native": {},
-    },
+    choices=b.choices(*b.GROUPED_WORDS, qkv=("split", "fused"), experts=b.EXPERTS),
     variants={"hf": {"split-qkv": {"qkv": "split"}, "fused-qkv": {"qkv": "fused"}}},
     depths=depth_count(),
     megatron_args=megatron_args,
     hf_words=hf_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
     megatron_since=(0, 12),
+    released=Released((1, 3), ("fp8",)),
+    unproven="Megatron-Core has no layers of different heads",
     notes=(
         "eh_proj columns are [embedding | hidden]; the embedding and the head are the main model's.",
         "MTP layers are dense: Megatron's model needs a spec that says so, else they are of the last layer's kind.",

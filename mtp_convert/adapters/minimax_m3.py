@@ -17,7 +17,7 @@ from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, either, flags, number, optional
 from mtp_convert.adapters.blocks.table import block_of, table
-from mtp_convert.mapping.family import Config, ConfigError, DepthField, Family
+from mtp_convert.mapping.family import Config, ConfigError, DepthField, Family, Released
 from mtp_convert.mapping.ops import Concat
 from mtp_convert.mapping.rules import Block, Placed, Row, only, rule
 
@@ -208,8 +208,9 @@ FAMILY = Family(
     nested={"wrapper": "language_model."},
     wrappers=("minimax_m3_vl",),
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
     megatron_since=(0, 15),
+    released=Released((0, 1), ("bf16", "fp8")),
+    unproven="Megatron-Core has indexers for latent attention alone",
     notes=(
         "Releases may declare MTP modules without storing them: what is stored counts, and the config stays.",
         "Indexers are lightning_indexers.{i} in Megatron, as Megatron-Bridge stores them; those of MTP layers are "

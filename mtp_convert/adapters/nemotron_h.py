@@ -14,7 +14,7 @@ from typing import Any
 from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, depth_field, number
-from mtp_convert.mapping.family import Config, ConfigError, Family
+from mtp_convert.mapping.family import Config, ConfigError, Family, Released
 from mtp_convert.mapping.ops import Permute
 from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, Rule, only, rule
 
@@ -299,6 +299,7 @@ FAMILY = Family(
     forms=b.MEGATRON_FORMS,
     bridge_provider="megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider",
     megatron_since=(0, 17),
+    released=Released((0, 1), ("bf16", "fp8", "nvfp4")),
     notes=(
         "Attention has no position encoding; eh_proj columns are [embedding | hidden].",
         "A released checkpoint stores one MTP depth and trains it as a repeated layer: the config says 1.",

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mtp_convert.adapters import _gpt as gpt
 from mtp_convert.adapters import _qwen as q
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, depth_field, number
-from mtp_convert.mapping.family import Config, Family
+from mtp_convert.mapping.family import Config, Family, Released
 from mtp_convert.mapping.rules import Placed
 
 
@@ -39,18 +40,13 @@ FAMILY = Family(
     title="Qwen3 (dense)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS},
-        "megatron": b.megatron_words(
-            "wrapper", "decoder", "attention_norm", "mlp_norm", "final_norm", inner="transformer_layer"
-        ),
-        "native": {},
-    },
+    choices=b.choices("wrapper", "decoder", "attention_norm", "mlp_norm", "final_norm"),
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     megatron_words=q.megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
+    bridge_provider=gpt.GPT_PROVIDER,
     megatron_since=(0, 12),
+    released=Released((0,), ("bf16", "fp8")),
     notes=("No release has MTP tensors: one depth is named as in Qwen3-Next.", q.SEVERAL, q.COLUMNS),
 )

@@ -14,7 +14,7 @@ from mtp_convert.adapters import _qwen as q
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import depth_field
 from mtp_convert.adapters._gpt import TOWER
-from mtp_convert.mapping.family import Config, ConfigError, Family
+from mtp_convert.mapping.family import Config, ConfigError, Family, Released
 from mtp_convert.mapping.rules import Placed
 
 
@@ -57,8 +57,8 @@ FAMILY = Family(
     megatron_words=q.megatron_words,
     forms=b.MEGATRON_FORMS,
     nested=q.NESTED,
-    bridge_provider="",
     megatron_since=(0, 16),
+    released=Released((1,), ("bf16", "fp8", "nvfp4")),
     notes=(
         TOWER,
         q.DELTA_NORM,

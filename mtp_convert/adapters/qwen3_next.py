@@ -13,7 +13,7 @@ from typing import Any
 from mtp_convert.adapters import _qwen as q
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, number, optional, silent_depth_field
-from mtp_convert.mapping.family import Config, ConfigError, Family
+from mtp_convert.mapping.family import Config, ConfigError, Family, Released
 from mtp_convert.mapping.rules import Placed
 
 
@@ -63,8 +63,8 @@ FAMILY = Family(
     megatron_args=megatron_args,
     megatron_words=q.megatron_words,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
     megatron_since=(0, 16),
+    released=Released((1,), ("bf16", "fp8", "nvfp4")),
     notes=(
         "Released configs do not mention MTP: a folder may have one depth or none.",
         q.DELTA_NORM,

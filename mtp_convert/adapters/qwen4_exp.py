@@ -247,17 +247,13 @@ FAMILY = Family(
     title="Qwen4-Exp / Qwen3.8-Flash-Next (hyper-connections, gated delta net, indexer, n-gram embeddings)",
     dims=dims,
     places=places,
-    choices={
-        "hf": {"trunk": b.TRUNKS, "experts": ("stacked", "split"), "mtp_experts": ("stacked", "split")},
-        "megatron": b.megatron_words("wrapper", inner="transformer_layer"),
-        "native": {},
-    },
+    choices=b.choices("wrapper", experts=("stacked", "split"), mtp_experts=("stacked", "split")),
     depths=silent_depth_field("mtp_num_hidden_layers"),
     megatron_args=megatron_args,
     forms=b.MEGATRON_FORMS,
     nested=q.NESTED,
-    bridge_provider="",
     megatron_since=(0, 19),
+    unproven="Megatron-Core has neither these hyper-connections nor n-gram embeddings",
     notes=(
         "Megatron names are ours: Megatron-Core's where it has the block, else those of mcore-bridge's modules (which "
         "itself stores the projections of a delta net by key head).",

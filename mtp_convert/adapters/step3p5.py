@@ -15,7 +15,7 @@ from typing import Any
 from mtp_convert.adapters import _arguments as args
 from mtp_convert.adapters import blocks as b
 from mtp_convert.adapters._config import MOST, depth_field, either, flags, number
-from mtp_convert.mapping.family import Config, ConfigError, Family
+from mtp_convert.mapping.family import Config, ConfigError, Family, Released
 from mtp_convert.mapping.rules import Block, Param, Placed, Row, Tied, only, rule
 
 WINDOW = {"sliding_attention": True, "full_attention": False}
@@ -195,9 +195,7 @@ FAMILY = Family(
     choices={
         "hf": {"trunk": b.TRUNKS, "heads": ("own", "shared")},
         "megatron": {
-            **b.megatron_words(
-                "wrapper", "decoder", "attention_norm", "mlp_norm", "moe_norm", "final_norm", inner="transformer_layer"
-            ),
+            **b.megatron_words(*b.GROUPED_WORDS, inner="transformer_layer"),
             "heads": ("own", "shared"),
         },
         "native": {},
@@ -206,8 +204,9 @@ FAMILY = Family(
     depths=depth_field("num_nextn_predict_layers"),
     megatron_args=megatron_args,
     forms=b.MEGATRON_FORMS,
-    bridge_provider="",
     megatron_since=(0, 12),
+    released=Released((3,)),
+    unproven="Megatron-Core 0.19 has neither gates per head nor layers of different heads",
     notes=(
         "eh_proj columns are [embedding | hidden]; every MTP depth has an output head of its own.",
         "Megatron-Core shares one head: the own ones are stored as mtp.layers.{k}.output_layer.weight, a name of ours "

@@ -118,7 +118,7 @@ class Stored:
     objects: frozenset[str] = frozenset()
     training: frozenset[str] = frozenset()
     arguments: Mapping[str, object] = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
+    files: tuple[Place, ...] = ()
     headers: Mapping[str, bytes] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     replicas: tuple[tuple[StoredTensor, StoredTensor], ...] = field(default=(), repr=False)
@@ -130,6 +130,11 @@ class Stored:
     def nbytes(self) -> int:
         """Payload bytes of all tensors."""
         return sum(t.nbytes for t in self.in_files.values())
+
+    @property
+    def here(self) -> bool:
+        """Whether the payload is on this machine, all of it."""
+        return all(isinstance(place, Path) and place.is_file() for place in self.files)
 
     @property
     def in_files(self) -> Mapping[str, StoredTensor]:

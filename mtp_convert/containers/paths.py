@@ -14,7 +14,7 @@ LONGEST_NAME = 255  # of one file or folder
 def member_path(folder: Path, name: object, where: str) -> Path:
     """The file `name` that a checkpoint file `where` refers to, directly or below `folder`.
 
-    A symbolic link may lead into the `blobs` folder of a Hub cache (two levels up), nowhere else outside.
+    A symbolic link may lead into the `blobs` folders of the Hub cache that the folder is in, nowhere else outside.
 
     Raises:
         ConvertError: MTP015.
@@ -25,7 +25,7 @@ def member_path(folder: Path, name: object, where: str) -> Path:
     bad = bad or max(map(len, parts)) > LONGEST_NAME
     if not bad:
         path = folder / text
-        bases = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
+        bases = [folder.resolve(), *_blobs(folder.resolve())]
         try:
             real = path.resolve(strict=False)
         except (OSError, RuntimeError):  # a loop of links
@@ -37,6 +37,15 @@ def member_path(folder: Path, name: object, where: str) -> Path:
         Problem(f"refers to {text!r}", where, expected="a file name inside the folder"),
         hint="do not use this checkpoint: an honest tool does not write such names",
     )
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where a Hub cache keeps the files of `CACHE/REPOSITORY/snapshots/COMMIT/...`: of one repository, or of all."""
+    for path in (folder, *folder.parents):
+        if path.parent.name == "snapshots":
+            repository = path.parent.parent
+            return [repository / "blobs", repository.parent / "blobs"]
+    return []
 
 
 def open_regular(path: Path) -> int:

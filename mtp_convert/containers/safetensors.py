@@ -15,14 +15,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mtp_convert.containers.base import MOST_DIMENSIONS, Shape, Stored, StoredChunk, StoredTensor, usable_name
+from mtp_convert.containers.base import MOST_DIMENSIONS, Place, Shape, Stored, StoredChunk, StoredTensor, usable_name
 from mtp_convert.containers.paths import member_path, open_regular
-from mtp_convert.encodings.dtype import BY_NAME
+from mtp_convert.encodings.dtype import BY_NAME, UNREAD
 from mtp_convert.errors import ConvertError, Problem
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 25_000_000  # the Hub refuses larger ones
+OPENING = 32  # bytes; the length of the header, or what shows that this is another kind of file
 _HINTS = {
     b"version https://git-lfs": "this is a git-LFS pointer, not the file; run `git lfs pull` or `hf download`",
     b"<!DOCTYPE": "this is an HTML page, not the file; download it again",
@@ -41,13 +42,12 @@ def read(folder: Path) -> Stored:
         ConvertError: MTP002 nothing there, MTP010 a damaged file, MTP011 a damaged index, MTP012 a name in two files.
     """
     if folder.is_file():
-        headers, tensors = _shards([folder])
-        return Stored("safetensors", folder.parent, tensors, files=(folder,), headers=headers)
+        return stored(folder.parent, {folder: read_file(folder)})
     index_path, single = folder / INDEX, folder / SINGLE
     weight_map: dict[str, str] | None = None
     warnings: list[str] = []
     if index_path.is_file():
-        weight_map = _index(member_path(folder, INDEX, str(folder)))
+        weight_map = index(member_path(folder, INDEX, str(folder)))
         names = sorted(set(weight_map.values()))
         if single.is_file() and SINGLE not in names:
             raise ConvertError(
@@ -69,22 +69,39 @@ def read(folder: Path) -> Stored:
             [Problem("shard is missing", p.name, expected=f"named by {INDEX}") for p in missing],
             hint="download the missing files, or the whole folder again",
         )
-    headers, tensors = _shards(paths)
     if weight_map is not None:
-        _agree(weight_map, tensors)
         stale = sorted({p.name for p in folder.glob("*.safetensors")} - set(names))
         warnings += [f"{name} is not in {INDEX} and is not read" for name in stale]
-    return Stored(
-        "safetensors",
-        folder,
-        tensors,
-        files=tuple(paths),
-        headers=headers,
-        warnings=tuple(warnings),
-    )
+    return stored(folder, {path: read_file(path) for path in paths}, weight_map, warnings)
 
 
-def _index(path: Path) -> dict[str, str]:
+Header = tuple[bytes, dict[str, StoredTensor]]  # as it is stored, and the tensors that it describes
+
+
+def stored(
+    folder: Path,
+    headers: Mapping[Place, Header],
+    weight_map: Mapping[str, str] | None = None,
+    warnings: Sequence[str] = (),
+) -> Stored:
+    """What files with these headers hold together, wherever the files lie.
+
+    Raises:
+        ConvertError: MTP011 headers and index disagree, MTP012 a name in two files.
+    """
+    tensors = _joined(headers)
+    if weight_map is not None:
+        _agree(weight_map, tensors)
+    raw = {place.name: header for place, (header, _) in headers.items()}
+    return Stored("safetensors", folder, tensors, files=tuple(headers), headers=raw, warnings=tuple(warnings))
+
+
+def index(path: Path) -> dict[str, str]:
+    """The shard of every tensor, as an index file says.
+
+    Raises:
+        ConvertError: MTP011.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
         weight_map = data["weight_map"]
@@ -99,21 +116,18 @@ def _index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _shards(paths: Sequence[Path]) -> tuple[dict[str, bytes], dict[str, StoredTensor]]:
-    headers: dict[str, bytes] = {}
+def _joined(headers: Mapping[Place, Header]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     twice: list[Problem] = []
-    for path in paths:
-        raw, found = read_file(path)
-        headers[path.name] = raw
+    for place, (_, found) in headers.items():
         for name, tensor in found.items():
             if name in tensors:
                 other = tensors[name].chunks[0].path.name
-                twice.append(Problem(f"{name} is stored twice", f"{other} and {path.name}"))
+                twice.append(Problem(f"{name} is stored twice", f"{other} and {place.name}"))
             tensors[name] = tensor
     if twice:
         raise ConvertError("MTP012", twice, hint="remove the shard of the older save")
-    return headers, tensors
+    return tensors
 
 
 def _agree(weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
@@ -129,38 +143,52 @@ def _agree(weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -
         raise ConvertError("MTP011", problems, hint="index and shards come from different saves")
 
 
-def read_file(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
+def read_file(path: Path) -> Header:
     """The raw header and the tensors of one file."""
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
-        start = os.pread(fd, 8, 0)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, LARGEST_HEADER):
-            raise _damaged(path, f"header of {length} bytes in a file of {size}", fd)
-        raw = os.pread(fd, length, 8)
-        try:
-            header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path, f"the header is not JSON: {error}", fd) from error
+        raw = os.pread(fd, header_length(path, os.pread(fd, OPENING, 0), size), 8)
     finally:
         os.close(fd)
-    return raw, _tensors(path, header, 8 + length, size)
+    return raw, tensors_of(path, raw, size)
+
+
+def header_length(place: Place, opening: bytes, size: int) -> int:
+    """Bytes of the header of a file of `size` bytes that begins with `opening`.
+
+    Raises:
+        ConvertError: MTP010.
+    """
+    length: int = struct.unpack_from("<Q", opening)[0] if len(opening) >= 8 else 0
+    if not 2 <= length <= min(size - 8, LARGEST_HEADER):
+        hint = next((h for magic, h in _HINTS.items() if opening.startswith(magic)), "")
+        raise _damaged(place, f"header of {length} bytes in a file of {size}", hint)
+    return length
+
+
+def tensors_of(place: Place, raw: bytes, size: int | None) -> dict[str, StoredTensor]:
+    """The tensors that a raw header describes, where a file of `size` bytes has them (None: any size).
+
+    Raises:
+        ConvertError: MTP010.
+    """
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(place, f"the header is not JSON: {error}") from error
+    return _tensors(place, header, 8 + len(raw), size)
 
 
 def described(name: str, raw: bytes) -> dict[str, StoredTensor]:
     """What the raw header of a file says, without the file: names, types and shapes of tensors that hold no bytes."""
-    path = Path(name)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"the header is not JSON: {error}") from error
-    return {n: replace(t, chunks=()) for n, t in _tensors(path, header, 0, None).items()}
+    return {n: replace(t, chunks=()) for n, t in tensors_of(Path(name), raw, None).items()}
 
 
-def _tensors(path: Path, header: object, base: int, size: int | None) -> dict[str, StoredTensor]:
+def _tensors(path: Place, header: object, base: int, size: int | None) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not a JSON object")
+    _refuse_unread(path, header)
     tensors: dict[str, StoredTensor] = {}
     ranges: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -184,7 +212,19 @@ def _tensors(path: Path, header: object, base: int, size: int | None) -> dict[st
     return tensors
 
 
-def _entry(path: Path, name: str, entry: Any, base: int) -> tuple[StoredTensor, int, int]:  # noqa: ANN401
+def _refuse_unread(path: Place, header: Mapping[str, Any]) -> None:
+    """Element types that the format has and this package has not.
+
+    Raises:
+        ConvertError: MTP031.
+    """
+    types = {n: e["dtype"] for n, e in header.items() if isinstance(e, dict) and isinstance(e.get("dtype"), str)}
+    found = [Problem(f"{name[:80]!r}: unknown type", path.name, t) for name, t in types.items() if t in UNREAD]
+    if found:
+        raise ConvertError("MTP031", found, hint="the file is whole; releases store such codes as U8")
+
+
+def _entry(path: Place, name: str, entry: Any, base: int) -> tuple[StoredTensor, int, int]:  # noqa: ANN401
     """One tensor, and its byte range in the data block."""
     if not usable_name(name):
         raise _damaged(path, f"unusable name {name[:80]!r}")
@@ -217,10 +257,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _damaged(path: Path, what: str, fd: int | None = None) -> ConvertError:
-    first = os.pread(fd, 32, 0) if fd is not None else b""
-    hint = next((h for magic, h in _HINTS.items() if first.startswith(magic)), "download the file again")
-    return ConvertError("MTP010", Problem(what, path.name), hint=hint)
+def _damaged(place: Place, what: str, hint: str = "") -> ConvertError:
+    return ConvertError("MTP010", Problem(what, place.name), hint=hint or "download the file again")
 
 
 def header_bytes(tensors: Sequence[tuple[str, str, Shape, int]], metadata: Mapping[str, str]) -> bytes:

@@ -1,4 +1,7 @@
-"""Reads Megatron `torch_dist` checkpoints (torch.distributed.checkpoint files): which chunk of which tensor lies where.
+"""Reads folders of torch.distributed.checkpoint: which chunk of which tensor lies where.
+
+Megatron's `torch_dist` has a metadata.json beside `.metadata`. A folder without one ("dcp") was written by torch alone:
+Megatron's `fsdp_dtensor` and `torch_dcp`, whose names are those of `state_dict`.
 
 `.metadata` is a pickle of plain facts; it is read with stand-ins and then checked like any other untrusted input:
 types, chunk boxes (inside the tensor, no overlap, no hole), file names, byte ranges, and the header of every item.
@@ -7,11 +10,12 @@ types, chunk boxes (inside the tensor, no overlap, no hole), file names, byte ra
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtp_convert.containers import torch_zip
 from mtp_convert.containers.base import MOST_DIMENSIONS, Shape, Stored, StoredChunk, StoredTensor, usable_name
@@ -20,9 +24,15 @@ from mtp_convert.containers.safe_pickle import LARGEST_PICKLE, Inert, read_pickl
 from mtp_convert.encodings.dtype import BY_TORCH_NAME, DType
 from mtp_convert.errors import ConvertError, Problem
 
+if TYPE_CHECKING:
+    from mtp_convert.containers.remote import Ranges
+
 METADATA = ".metadata"
 COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"
+MEGATRON_FILE = "metadata.json"
+ARGUMENTS = "args"  # the object that holds the training arguments where there is no common state
+STATE = "._extra_state"  # ends the names of a module's state, which is no weight whatever its type
 # Entries of a training run that are no weights: optimizer, learning-rate schedule, random and data states.
 TRAINING_STATE = (
     "optimizer.",
@@ -47,8 +57,12 @@ class Item:
     length: int
 
 
-def read(folder: Path) -> Stored:
+def read(folder: Path, *, away: Mapping[Path, Ranges] | None = None) -> Stored:
     """Everything that the checkpoint in `folder` holds, from headers alone.
+
+    Args:
+        away: payload files that are not here. The headers inside of them are not read: `.metadata` is believed, and
+            nothing can be read of their tensors.
 
     Raises:
         ConvertError: MTP013 damaged, MTP014 a pickle that asks for code, MTP015 a path outside the folder.
@@ -59,9 +73,9 @@ def read(folder: Path) -> Stored:
     items = dict(_items(folder, meta, problems))
     if not isinstance(entries, dict):
         raise _damaged("no state_dict_metadata", METADATA)
-    sizes = _file_sizes(items, problems)
+    sizes = _file_sizes(items, away or {}, problems)
     _fail(problems)
-    reader = _ItemReader()
+    reader = _ItemReader(away or {})
     tensors: dict[str, StoredTensor] = {}
     objects: set[str] = set()
     training: set[str] = set()
@@ -71,7 +85,7 @@ def read(folder: Path) -> Stored:
                 problems.append(Problem(f"entry {_shown(name)} has no usable name or description", METADATA))
             elif name.startswith(TRAINING_STATE):
                 training.add(name)
-            elif entry.cls.endswith("BytesStorageMetadata"):
+            elif entry.cls.endswith("BytesStorageMetadata") or name.endswith(STATE):
                 objects.add(name)
             else:
                 tensor = _tensor(name, entry, items, sizes, reader, problems)
@@ -82,7 +96,8 @@ def read(folder: Path) -> Stored:
     finally:
         reader.close()
     files = tuple(sorted({i.path for i in items.values()}))
-    return Stored("torch_dist", folder, tensors, frozenset(objects), frozenset(training), common, files)
+    container = "torch_dist" if (folder / MEGATRON_FILE).is_file() else "dcp"
+    return Stored(container, folder, tensors, frozenset(objects), frozenset(training), common, files)
 
 
 def _metadata(folder: Path) -> Inert:
@@ -127,17 +142,17 @@ def _items(folder: Path, meta: Inert, problems: list[Problem]) -> Iterator[tuple
             yield (name, place), Item(paths[relative], start, length)
 
 
-def _file_sizes(items: Mapping[Any, Item], problems: list[Problem]) -> dict[Path, int]:
+def _file_sizes(items: Mapping[Any, Item], away: Mapping[Path, Ranges], problems: list[Problem]) -> dict[Path, int]:
     """Sizes of all files; a missing or short file is reported once."""
     sizes: dict[Path, int] = {}
     needed: dict[Path, int] = {}
     for item in items.values():
         needed[item.path] = max(needed.get(item.path, 0), item.start + item.length)
     for path, end in needed.items():
-        if not path.is_file():
+        if path not in away and not path.is_file():
             problems.append(Problem("file is missing", path.name, expected=f"{end} bytes"))
             continue
-        sizes[path] = path.stat().st_size
+        sizes[path] = away[path].size if path in away else path.stat().st_size
         if sizes[path] < end:
             problems.append(Problem("file is truncated", path.name, f"{sizes[path]} bytes", f"at least {end}"))
     return sizes
@@ -188,7 +203,8 @@ def _boxes(chunks: object) -> list[tuple[Shape, Shape]] | None:
 class _ItemReader:
     """Reads item headers through one descriptor per file."""
 
-    def __init__(self) -> None:
+    def __init__(self, away: Mapping[Path, Ranges]) -> None:
+        self._away = away
         self._fds: dict[Path, int] = {}
 
     def fd(self, path: Path) -> int:
@@ -202,7 +218,14 @@ class _ItemReader:
 
     def structure(self, item: Item, name: str) -> tuple[Any, dict[str, torch_zip.Member]]:
         """The pickled structure of an item and its members."""
-        fd = self.fd(item.path)
+        if (ranges := self._away.get(item.path)) is not None:
+            with tempfile.TemporaryFile() as file:
+                file.writelines(ranges.blocks(item.start, item.start + item.length))
+                file.flush()
+                return self._structure(file.fileno(), Item(item.path, 0, item.length), name)
+        return self._structure(self.fd(item.path), item, name)
+
+    def _structure(self, fd: int, item: Item, name: str) -> tuple[Any, dict[str, torch_zip.Member]]:
         try:
             found = torch_zip.members(fd, item.start, item.length)
             return torch_zip.read_structure(fd, found, f"{item.path.name} ({name})"), found
@@ -211,6 +234,8 @@ class _ItemReader:
 
     def payload(self, item: Item, name: str, dtype: DType, sizes: Shape, problems: list[Problem]) -> int:
         """File position of a chunk's first element; a disagreement with `.metadata` is a problem."""
+        if item.path in self._away:
+            return item.start
         stub, found = self.structure(item, name)
         try:
             at = torch_zip.locate(stub, found)
@@ -223,13 +248,15 @@ class _ItemReader:
 
 
 def _common(folder: Path, items: Mapping[tuple[str, Shape | None], Item], reader: _ItemReader) -> dict[str, object]:
-    """The non-tensor state: common.pt when it exists (as Megatron prefers), else the common_state object."""
+    """The non-tensor state: common.pt when it exists (as Megatron prefers), else the common_state object or `args`."""
     path = folder / COMMON_FILE
     if path.is_file():
         state, _ = reader.structure(Item(path, 0, path.stat().st_size), COMMON_FILE)
     elif (COMMON_OBJECT, None) in items:
         state, _ = reader.structure(items[(COMMON_OBJECT, None)], COMMON_OBJECT)
         state = state[0] if isinstance(state, list) and state else state
+    elif (ARGUMENTS, None) in items:
+        state = {"args": reader.structure(items[(ARGUMENTS, None)], ARGUMENTS)[0]}
     else:
         return {}
     if not isinstance(state, dict):

@@ -46,6 +46,8 @@ DTYPES: tuple[DType, ...] = (
     DType("F8_E5M2", "float8_e5m2", 1),
     DType("F8_E8M0", "float8_e8m0fnu", 1),
 )
+# What safetensors defines beside them. Releases store codes of four bits as U8 or I8, so that no model needs these yet.
+UNREAD: frozenset[str] = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"})
 BY_NAME: dict[str, DType] = {d.name: d for d in DTYPES}
 BY_TORCH_NAME: dict[str, DType] = {d.torch_name: d for d in DTYPES}
 

@@ -1,25 +1,33 @@
-"""Compares stored numbers window by window: equal bytes cost one comparison, differences are measured."""
+"""Compares stored numbers window by window: equal bytes cost one comparison, differences are measured.
+
+A window is a fixed range of elements of both sides. `compare_all` takes windows of many tensors with a few threads, as
+the writer does; sums are put together in the order of the windows, so the figures do not depend on the threads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from math import prod
-from typing import Protocol
+from functools import reduce
+from math import isfinite, prod, sqrt
+from operator import add
+from threading import Event, Lock
+from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from mtp_convert.containers.base import StoredTensor
 from mtp_convert.containers.torch_zip import contiguous
-from mtp_convert.encodings.cast import cast
-from mtp_convert.encodings.dtype import FLOATS, DType
+from mtp_convert.encodings.dtype import DType
 from mtp_convert.engine.files import Extent
 from mtp_convert.engine.gather import Bytes, Reader, cast_values, copy_bytes
+from mtp_convert.engine.measure import Example, Tally, measure, same, weigh
 from mtp_convert.engine.pieces import CodedPiece, Piece
+from mtp_convert.engine.runner import THREADS
 from mtp_convert.mapping.views import Side
 
-Floats = npt.NDArray[np.float64]
+Task = TypeVar("Task")
 ELEMENTS = 1 << 20  # per window
 
 
@@ -74,95 +82,171 @@ class TypedExtent(Extent, Protocol):
 class Difference:
     """Two tensors that are not equal bit for bit.
 
-    count: differing elements; first: flat index of the first; max_abs: largest absolute difference (float64);
-    norms: Euclidean norms of both sides.
+    count: differing elements, of `total`; first: flat index of the first, with `values` on both sides; max_abs: largest
+    absolute difference (float64); largest: largest absolute value of the first tensor; norms: Euclidean norms of both
+    sides; dot: their inner product; examples: the first few differing elements, where both sides are of one type.
     """
 
     count: int
+    total: int
     first: int
+    values: tuple[float, float]
     max_abs: float
+    largest: float
     norms: tuple[float, float]
+    dot: float
+    examples: tuple[Example, ...] = ()
+
+    @property
+    def relative(self) -> float:
+        """The largest absolute difference over the largest absolute value of the first tensor."""
+        if self.largest == 0:
+            return 0.0 if self.max_abs == 0 else float("inf")
+        return self.max_abs / self.largest if isfinite(self.largest) else float("nan")
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between both as vectors; NaN where one of them is zero or not finite."""
+        product = self.norms[0] * self.norms[1]
+        return max(-1.0, min(1.0, self.dot / product)) if product and isfinite(product) else float("nan")
 
     def text(self) -> str:
         """For people."""
         return f"{self.count} elements differ, first at {self.first}, max difference {self.max_abs:.3g}"
 
 
-def compare(
-    a: TypedExtent, b: TypedExtent, reader: Reader, *, progress: Callable[[int], None] | None = None
-) -> Difference | None:
+Pair = tuple[TypedExtent, TypedExtent]
+Progress = Callable[[int], None]
+
+
+def compare(a: TypedExtent, b: TypedExtent, reader: Reader, *, progress: Progress | None = None) -> Difference | None:
     """None when both hold the same bits (or the same values, if the element types differ).
 
     Raises:
         ValueError: the element counts differ.
     """
-    total = a.nbytes // a.dtype.itemsize
-    if total != b.nbytes // b.dtype.itemsize:
-        raise ValueError("different numbers of elements")
-    tally = _Tally(a.dtype, b.dtype)
-    equal: list[int] = []
-    for at in range(0, total, ELEMENTS):
-        n = min(ELEMENTS, total - at)
-        x, y = _window(a, reader, at, n), _window(b, reader, at, n)
-        if a.dtype == b.dtype and np.array_equal(x, y):
-            equal.append(at)
-        else:
-            tally.add(at, x, y)
+    worker = Worker(reader)
+    windows = list(_windows([(a, b)]))
+    tallies = {}
+    for window in windows:
+        tallies[window.at] = worker.compare(window)
         if progress:
-            progress(len(x))
-    if not tally.count:
+            progress(window.n * a.dtype.itemsize)
+    if all(t is None for t in tallies.values()):
         return None
-    for at in equal:  # their share of the norms was not worth its time before a difference was found
-        tally.weigh(_window(a, reader, at, min(ELEMENTS, total - at)))
-    return Difference(tally.count, tally.first, tally.largest, (tally.squares[0] ** 0.5, tally.squares[1] ** 0.5))
+    # The share of equal windows in the norms was not worth its time before a difference was found.
+    return _difference((a, b), [tallies[w.at] or worker.weigh(w) for w in windows])
 
 
-@dataclass
-class _Tally:
-    """What is known about the differences of two tensors so far."""
+def compare_all(
+    pairs: Sequence[Pair], *, threads: int = THREADS, progress: Progress | None = None
+) -> list[Difference | None]:
+    """`compare` for many pairs at once.
 
-    a: DType
-    b: DType
-    count: int = 0
-    first: int = -1
-    largest: float = 0.0
-    squares: tuple[float, float] = (0.0, 0.0)
+    Raises:
+        ValueError: the element counts of a pair differ.
+    """
+    found: list[dict[int, Tally | None]] = [{} for _ in pairs]
 
-    def add(self, at: int, x: Bytes, y: Bytes) -> None:
-        """Measure the window that starts at element `at`."""
-        fx, fy = _float64(x, self.a), _float64(y, self.b)
-        if self.a == self.b:
-            size = self.a.itemsize
-            differs = (x.reshape(-1, size) != y.reshape(-1, size)).any(axis=1)
-        else:
-            differs = (fx != fy) & ~(np.isnan(fx) & np.isnan(fy))
-        unequal = np.flatnonzero(differs)
-        if len(unequal):
-            self.first = at + int(unequal[0]) if self.first < 0 else self.first
-            self.count += len(unequal)
-            with np.errstate(invalid="ignore"):
-                gap = np.abs(fx[unequal] - fy[unequal])
-            self.largest = max(self.largest, float(np.nan_to_num(gap, nan=np.inf, posinf=np.inf).max()))
-        self._weigh(fx, fy)
+    def first(window: Window, worker: Worker) -> None:
+        found[window.pair][window.at] = worker.compare(window)
+        if progress:
+            progress(window.n * window.a.dtype.itemsize)
 
-    def weigh(self, x: Bytes) -> None:
-        """Count a window that is equal on both sides towards the norms."""
-        values = _float64(x, self.a)
-        self._weigh(values, values)
+    def second(window: Window, worker: Worker) -> None:
+        found[window.pair][window.at] = worker.weigh(window)
 
-    def _weigh(self, fx: Floats, fy: Floats) -> None:
-        with np.errstate(over="ignore"):
-            self.squares = (self.squares[0] + float(fx @ fx), self.squares[1] + float(fy @ fy))
+    in_threads(_windows(pairs), first, threads=threads)
+    differing = {i for i, tallies in enumerate(found) if any(tallies.values())}
+    equal = (w for w in _windows(pairs) if w.pair in differing and found[w.pair][w.at] is None)
+    in_threads(equal, second, threads=threads)
+    return [
+        _difference(pair, [t for _, t in sorted(found[i].items()) if t is not None]) if i in differing else None
+        for i, pair in enumerate(pairs)
+    ]
 
 
-def _window(extent: TypedExtent, reader: Reader, at: int, n: int) -> Bytes:
-    size = extent.dtype.itemsize
-    out: Bytes = np.empty(n * size, dtype=np.uint8)
-    extent.fill(reader, out, at * size, (at + n) * size)
-    return out
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Elements [at, at + n) of a pair of extents."""
+
+    pair: int
+    a: TypedExtent
+    b: TypedExtent
+    at: int
+    n: int
 
 
-def _float64(raw: Bytes, dtype: DType) -> Floats:
-    if dtype.name in FLOATS or dtype.name.startswith("F8"):
-        return cast(raw, dtype, "float64").view(np.float64)
-    return raw.view(np.dtype(dtype.torch_name)).astype(np.float64)
+def _windows(pairs: Iterable[Pair]) -> Iterator[Window]:
+    for i, (a, b) in enumerate(pairs):
+        total = a.nbytes // a.dtype.itemsize
+        if total != b.nbytes // b.dtype.itemsize:
+            raise ValueError("different numbers of elements")
+        for at in range(0, total, ELEMENTS):
+            yield Window(i, a, b, at, min(ELEMENTS, total - at))
+
+
+class Worker:
+    """One thread's reader and its buffers, which every window uses again."""
+
+    def __init__(self, reader: Reader | None = None) -> None:
+        self.reader = reader or Reader()
+        self._buffers: list[Bytes] = [np.empty(0, dtype=np.uint8)] * 2
+
+    def compare(self, window: Window) -> Tally | None:
+        """What differs in a window; None where nothing does."""
+        a, b = window.a, window.b
+        x, y = self._read(0, a, window), self._read(1, b, window)
+        if same(x, a.dtype, y, b.dtype):
+            return None
+        tally = measure(window.at, x, a.dtype, y, b.dtype)
+        return tally if tally.count else None
+
+    def weigh(self, window: Window) -> Tally:
+        """What a window that is equal on both sides adds to the norms."""
+        return weigh(self._read(0, window.a, window), window.a.dtype)
+
+    def _read(self, side: int, extent: TypedExtent, window: Window) -> Bytes:
+        size = extent.dtype.itemsize
+        if len(self._buffers[side]) < window.n * size:
+            self._buffers[side] = np.empty(window.n * size, dtype=np.uint8)
+        out = self._buffers[side][: window.n * size]
+        extent.fill(self.reader, out, window.at * size, (window.at + window.n) * size)
+        return out
+
+
+def in_threads(tasks: Iterable[Task], work: Callable[[Task, Worker], None], *, threads: int = THREADS) -> None:
+    """Do every task, each once, with a few threads; the first error ends all of them."""
+    todo, lock, stop = iter(tasks), Lock(), Event()
+
+    def loop() -> None:
+        worker = Worker()
+        try:
+            while not stop.is_set():
+                with lock:
+                    task = next(todo, None)
+                if task is None:
+                    return
+                work(task, worker)
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            worker.reader.close()
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="mtp-convert") as pool:
+        try:
+            jobs = [pool.submit(loop) for _ in range(threads)]
+            wait(jobs)
+        except BaseException:  # an interrupt
+            stop.set()
+            raise
+    for job in jobs:
+        job.result()
+
+
+def _difference(pair: Pair, tallies: Iterable[Tally]) -> Difference:
+    t = reduce(add, tallies)
+    total = pair[0].nbytes // pair[0].dtype.itemsize
+    norms = sqrt(t.squares[0]), sqrt(t.squares[1])
+    return Difference(t.count, total, t.first, t.values, t.max_abs, t.largest, norms, t.dot, t.examples)

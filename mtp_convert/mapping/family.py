@@ -48,6 +48,14 @@ class DepthField:
     others: tuple[str, ...] = ()  # further fields that describe MTP depths; they travel with grafted ones
 
 
+@dataclass(frozen=True, slots=True)
+class Released:
+    """What is published of a family: stored MTP depths, and how weights are stored (`bf16`, or kinds of `inspect`)."""
+
+    depths: tuple[int, ...] = (1,)
+    encodings: tuple[str, ...] = ("bf16",)
+
+
 def no_words(dims: Any) -> Words:  # noqa: ANN401 - a family's own dims
     """No word depends on the sizes."""
     return {}
@@ -98,6 +106,8 @@ class Family:
     forms: what a container fixes in the spelling of the Megatron layout.
     nested: words of the Hugging Face layout where the config is a section of a larger model's config.
     wrappers: model types of larger models, whose section is this family's whatever model type it names itself.
+    released: what published checkpoints store.
+    unproven: why no forward pass compares its Megatron layout with the others; empty where tests do.
     megatron_args(config, steps, repeated): the training arguments that Megatron-LM's --use-checkpoint-args reads.
     """
 
@@ -110,8 +120,10 @@ class Family:
     variants: Mapping[str, Mapping[str, Words]] = field(default_factory=dict, kw_only=True)
     depths: DepthField
     megatron_args: Callable[[Config, int, bool], dict[str, Any]]
-    bridge_provider: str  # Megatron-Bridge's provider class; empty where it has none
     megatron_since: tuple[int, int]  # first Megatron-Core release (major, minor) with MTP in this model class
+    scales: str = "weight_scale_inv"  # the last word of the names of scales, where a release has blocks of FP8
+    bridge_provider: str = ""  # Megatron-Bridge's provider class; empty where it has none
+    unproven: str = ""
     notes: tuple[str, ...] = ()
     megatron_words: Callable[[Any], Words] = no_words
     hf_words: Callable[[Any], Words] = no_words
@@ -119,6 +131,7 @@ class Family:
     forms: Mapping[str, Form] = field(default_factory=dict)
     nested: Words = field(default_factory=dict)
     wrappers: tuple[str, ...] = ()
+    released: Released = Released()
 
     def layout(self, name: str, dims: Dims, words: Words | None = None) -> Layout:
         """The layout `name` over `dims`, in the released spelling unless `words` say otherwise."""

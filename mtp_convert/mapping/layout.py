@@ -83,6 +83,7 @@ class Binding:
     plus: float = 0.0  # what the tensor's values are more than its params'
     op: Op = SAME
     template: Template = NAMELESS
+    unquantised: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ def _bind(
             plus=row.plus,
             op=row.op,
             template=named,
+            unquantised=any(p.unquantised for p in first),
         )
 
 

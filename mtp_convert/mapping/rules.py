@@ -25,6 +25,7 @@ class Param:
     """One logical parameter in its finest form, e.g. `layers.{i}.q` of shape [heads * head_dim, hidden].
 
     high_precision: stays in its stored dtype when everything else is cast (router bias, A_log, ...).
+    unquantised: a matrix that no release stores as codes, because it decides, gates or pools (router, eh_proj, ...).
     vocab: dimension 0 counts tokens, so a stored tensor may have padding rows after the true ones.
     cut: the dimension of which every tensor-parallel rank holds an equal share, in rank order: 0 for what a
     column-parallel layer makes (q, k, v, gate, up, the parts of a Mamba projection, per-head vectors), 1 for the input
@@ -38,6 +39,7 @@ class Param:
     high_precision: bool = False
     vocab: bool = False
     cut: int | None = None
+    unquantised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +130,14 @@ def rule(
 
 
 def only(*rows: Row, **words: str) -> tuple[Row, ...]:
-    """The rows, valid only where these words are chosen: two spellings that differ in structure, not in a name."""
-    return tuple(replace(row, when={**row.when, **words}) for row in rows)
+    """The rows, valid only where these words are chosen: two spellings that differ in structure, not in a name.
+
+    A row that is valid only where one of them is another falls away.
+    """
+    possible = (
+        row for row in rows if all(row.when.get(word, spelling) == spelling for word, spelling in words.items())
+    )
+    return tuple(replace(row, when={**row.when, **words}) for row in possible)
 
 
 def holds(row: Row, words: Words) -> bool:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from mtp_convert.models.token_losses import REDUCTIONS, linear_losses, reduce_losses
+from mtp_convert.models.token_losses import IGNORED_LABEL, REDUCTIONS, linear_losses, reduce_losses
 
 _MIN_CHUNK = 128  # fewer rows make matrix products that no device runs well
 
@@ -62,7 +62,7 @@ class FusedLinearCrossEntropy(LinearCrossEntropy):
 
     def __init__(
         self,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORED_LABEL,
         logit_softcapping: float = 0.0,
         reduction: str = "sum",
         *,

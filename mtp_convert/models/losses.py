@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_convert.models.linear_ce import FusedLinearCrossEntropy, LinearCrossEntropy
-from mtp_convert.models.token_losses import REDUCTIONS, chunked_losses, reduce_losses
-
-IGNORED_LABEL = -100  # how datasets mark what is no target, whatever a loss calls it
+from mtp_convert.models.token_losses import IGNORED_LABEL, REDUCTIONS, chunked_losses, reduce_losses
 
 
 class _LogitsCrossEntropy(nn.Module, ABC):

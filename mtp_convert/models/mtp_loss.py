@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mtp_convert.models.linear_ce import LinearCrossEntropy
 from mtp_convert.models.losses import calculate_loss, get_lm_head, get_lm_head_weight, loss_ignore_index
 from mtp_convert.models.mtp import get_mtp_loss_scaling_factor
-from mtp_convert.models.mtp_inputs import checked_targets, depth_targets, document_index, roll_tensor
+from mtp_convert.models.mtp_inputs import checked_targets, per_depth_targets, roll_tensor
+from mtp_convert.models.packed_rows import seq_idx_of_labels
 from mtp_convert.models.stage_output import StageOutput
 
 
@@ -121,8 +122,7 @@ def calculate_mtp_loss(
     outputs = _per_depth_outputs(mtp_per_depth_h, mtp_per_depth_logits, labels)
     targets: Iterable[Tensor]
     if mtp_per_depth_targets is None:
-        documents = document_index(labels, seq_idx, cu_seqlens)
-        targets = (depth_targets(labels, documents, depth, ignored) for depth in range(len(outputs)))
+        targets = per_depth_targets(labels, seq_idx_of_labels(labels, seq_idx, cu_seqlens), len(outputs), ignored)
     else:
         excluded = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx, "loss_weights": loss_weights}
         targets = checked_targets(mtp_per_depth_targets, labels, len(outputs), excluded)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("sum", "mean", "none")
+IGNORED_LABEL = -100  # how datasets mark what is no target, whatever a loss calls it
 
 
 @dataclass(frozen=True)

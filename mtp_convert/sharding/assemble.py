@@ -20,6 +20,7 @@ from mtp_convert.mapping.layout import Binding, Layout
 from mtp_convert.mapping.rules import Param
 from mtp_convert.sharding.cuts import Cut, cut_of
 from mtp_convert.sharding.grid import Grid, arrange
+from mtp_convert.sharding.packed import unpacked
 from mtp_convert.sharding.sizes import Rank, Sizes, possible
 
 Replica = tuple[StoredTensor, StoredTensor]
@@ -49,12 +50,18 @@ def sharded(files: Mapping[str, RankFile], folder: Path, family: Family, dims: D
         ConvertError: MTP016 when ranks are missing, too many, or disagree.
     """
     fixed = family.fixed("megatron", "legacy")
-    found = grids(files, _heads(family, dims))
+    found = grids(files, _heads(family, dims), _experts(family.layout("megatron", dims)))
     best = found[0]
     if len(found) > 1:
         best = max(found, key=lambda g: fitting(g, family.fit("megatron", dims, g.holds, fixed)))
     arguments = next(iter(files.values())).arguments
     return Contents(best.holds, arguments, lambda layout: assemble(best, layout, folder))
+
+
+def _experts(layout: Layout) -> int:
+    """The experts of a mixture; 0 where there are none, or not everywhere as many."""
+    counts = {b.template.counts["e"] for b in layout.bindings.values() if "e" in b.template.counts}
+    return counts.pop() if len(counts) == 1 else 0
 
 
 def _heads(family: Family, dims: Dims) -> set[str]:
@@ -65,8 +72,12 @@ def _heads(family: Family, dims: Dims) -> set[str]:
     return {head.format_map(spelling) for spelling in family.spellings("megatron", dims, words)}
 
 
-def grids(files: Mapping[str, RankFile], heads: Iterable[str]) -> list[Grid]:
+def grids(files: Mapping[str, RankFile], heads: Iterable[str], experts: int = 0) -> list[Grid]:
     """Every arrangement that the ranks' folders and layers allow, the likeliest first (see `sizes.possible`).
+
+    Args:
+        heads: what stands before the number of a decoder layer, in every spelling.
+        experts: of a mixture, 0 where there is none.
 
     Raises:
         ConvertError: MTP016 when ranks are missing, too many, or disagree.
@@ -76,7 +87,8 @@ def grids(files: Mapping[str, RankFile], heads: Iterable[str]) -> list[Grid]:
     found, refusals = [], []
     for sizes in possible(files, args if isinstance(args, dict) else {}):
         try:
-            found.append(arrange(files, sizes, heads))
+            share = experts // sizes.expert
+            found.append(arrange(unpacked(files, share) if share else files, sizes, heads))
         except ConvertError as error:  # another meaning of the folders' numbers may fit
             refusals.append(error)
     if not found:
@@ -187,6 +199,10 @@ class _Assembly:
                 self._disagree(binding, where, got, f"{first.dtype} {list(first.shape)}, as on the first rank")
                 return None
         cut, shape = self._shape(binding, first, n)
+        if cut.scattered(n):
+            what = f"{name} is packed with other experts and cut over {n} ranks: no rank's share is one run of bytes"
+            self.misshapen.append(Problem(what, self.grid.sizes.folder(present[0][2])))
+            return None
         if not cut.divides(n) or first.shape != cut.local(shape, n):
             where = self.grid.sizes.folder(present[0][2])
             expected = f"{list(cut.local(shape, n))}, {'all' if cut.dim is None else f'1/{n}'} of {list(shape)}"

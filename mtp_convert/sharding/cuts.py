@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mtp_convert.mapping.layout import Binding, LayoutError
-from mtp_convert.mapping.ops import Appended, Concat
+from mtp_convert.mapping.ops import Appended, Concat, Permute
 from mtp_convert.mapping.rules import Param
 from mtp_convert.mapping.views import Box, Shape
 
@@ -25,8 +25,12 @@ class Cut:
     runs: tuple[int, ...] = ()
 
     def divides(self, n: int) -> bool:
-        """Whether `n` ranks get equal shares."""
-        return all(run % n == 0 for run in self.runs)
+        """Whether `n` ranks get equal shares, each of them runs of bytes."""
+        return all(run % n == 0 for run in self.runs) and not self.scattered(n)
+
+    def scattered(self, n: int) -> bool:
+        """Whether a rank's shares of several runs lie side by side in its rows."""
+        return n > 1 and bool(self.dim) and len(self.runs) > 1
 
     def local(self, shape: Shape, n: int) -> Shape:
         """The shape that each of `n` ranks holds."""
@@ -36,7 +40,7 @@ class Cut:
 
     def boxes(self, shape: Shape, rank: int, n: int) -> tuple[Box, ...]:
         """What rank `rank` of `n` holds of a tensor of `shape`: offset and sizes of every box, in stored order."""
-        if self.dim is None:
+        if self.dim is None or n == 1:
             return (((0,) * len(shape), shape),)
         found: list[Box] = []
         start = 0
@@ -56,11 +60,15 @@ def cut_of(binding: Binding, params: Mapping[str, Param], rows: int | None = Non
     """
     parts = [params[p.param] for p in binding.parts]
     dim = parts[0].cut
-    fused = isinstance(binding.op, Concat) and binding.op.dim == dim and len(parts) > 1
+    op = binding.op.of if isinstance(binding.op, Permute) else binding.op
+    fused = isinstance(op, Concat) and op.dim == dim and len(parts) > 1
     if any(p.cut != dim for p in parts) or binding.stacked or (fused and dim):
         raise LayoutError(f"{binding.tensor!r}: no rule says how its params {[p.name for p in parts]} are cut together")
     if dim is None:
         return Cut(None)
+    if isinstance(binding.op, Permute):
+        at = binding.op.order.index(dim)
+        return Cut(at, tuple(p.shape[dim] for p in parts) if fused else (binding.shape[at],))
     if rows is not None:
         return Cut(dim, (rows,))
     if isinstance(binding.op, Appended):

@@ -15,7 +15,7 @@ from mtp_convert.engine import runner
 
 
 @contextmanager
-def slow(phase: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+def slow(phase: str, total: int, *, unit: str = "B", quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """In the place of the progress bar."""
     yield lambda n: time.sleep(0.2)
 

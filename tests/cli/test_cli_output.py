@@ -242,8 +242,20 @@ def test_families(cli: Cli) -> None:
     got = cli("families")
     assert got.code == 0
     assert "nemotron_h" in got.out
-    (family,) = [f for f in cli("families", "--format", "json").data["families"] if f["name"] == "nemotron_h"]
+    assert "megatron in torch_dist or legacy" in got.out
+    rows = {f["name"]: f for f in cli("families", "--format", "json").data["families"]}
+    family = rows["nemotron_h"]
     assert {"hf", "megatron"} <= set(family["layouts"])
+    assert family["containers"]["megatron"] == ["torch_dist", "legacy"]
+    assert family["read"] == ["dcp"]
+    assert "automodel" in family["variants"]["native"]
+    assert family["megatron_since"] == "0.17"
+    assert family["bridge_provider"].endswith(".HybridModelProvider")
+    assert (family["depth_field"], family["released_depths"]) == ("num_nextn_predict_layers", [0, 1])
+    assert rows["deepseek_v4"]["released_encodings"] == ["fp8", "mxfp4"]
+    assert rows["minimax_m3"]["wrappers"] == ["minimax_m3_vl"]
+    assert rows["minimax_m3"]["nested"]
+    assert not rows["deepseek_v3"]["nested"]
 
 
 def test_env(cli: Cli) -> None:

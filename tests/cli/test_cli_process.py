@@ -53,7 +53,7 @@ def test_signal_is_reported(number: signal.Signals, word: str, tmp_path: Path) -
     with slow_conversion(tmp_path / "out") as process:
         process.send_signal(number)
         _, err = process.communicate(timeout=20)
-    assert err == f"{word}: nothing was left behind\n"
+    assert err == f"{word}: nothing unfinished can be seen; run the command again\n"
 
 
 def test_signal_keeps_the_output_that_was_there(tmp_path: Path) -> None:

@@ -82,6 +82,17 @@ def folder_with(tmp_path: Path, data: bytes) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "C64", "F8_E4M3FNUZ"])
+def test_a_type_that_nobody_reads_is_no_damage(dtype: str, tmp_path: Path) -> None:
+    """The format defines it, and sizes of sub-byte elements follow other rules."""
+    data = packed({**HEADER, "a": {**HEADER["a"], "dtype": dtype}})
+    with pytest.raises(ConvertError) as caught:
+        safetensors.read(folder_with(tmp_path, data))
+    assert caught.value.code == "MTP031"
+    (problem,) = caught.value.problems
+    assert problem.line() == f"'a': unknown type in {NAME}: got {dtype}"
+
+
 def test_the_sound_file_is_read(tmp_path: Path) -> None:
     stored = safetensors.read(folder_with(tmp_path, packed(HEADER)))
     assert {n: (t.dtype.name, t.shape) for n, t in stored.tensors.items()} == {

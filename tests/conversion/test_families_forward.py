@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _families import CONFIGS, family_of, random_folder
+from _families import CONFIGS, VARIANTS, family_of, random_folder
 from _kit import convert
 from _swaps import Swap, swaps
 from torch import Tensor
@@ -16,7 +16,22 @@ from mtp_convert.verify.forward import Forward, predict, relative_error, run_hf
 
 EQUAL = 1e-4  # relative, float32
 SEEN = 1e-3
-RUN = ["deepseek_v3", "deepseek_v4", "nemotron_h", "qwen3_next", "qwen3_5", "mimo", "glm4_moe"]
+RUN = [
+    "deepseek_v3",
+    "deepseek_v4",
+    "nemotron_h",
+    "qwen3",
+    "qwen3_5",
+    "qwen3_next",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "mimo",
+    "exaone_moe",
+    "mellum",
+    "hy_v3",
+    *VARIANTS,
+]
 LENGTH = 24  # tokens: more compressed keys than a sparse layer chooses, so that its choice counts
 # Swaps that change no number at all, with the reason.
 EQUIVALENT: dict[str, dict[str, str]] = {}
@@ -70,6 +85,12 @@ def error_of(swap: Swap, source: Path, target: Path, hf: Forward, monkeypatch: p
         patch.setattr("mtp_convert.convert.folding", lambda *_: (swap.alias, ()))
         convert(source, target, "megatron")
     return worst(megatron(target), hf)
+
+
+def test_every_family_is_compared_or_says_why_not() -> None:
+    from mtp_convert.adapters import families
+
+    assert {f.name for f in families() if not f.unproven} == set(RUN) - VARIANTS.keys()
 
 
 def test_every_family_has_a_tiny_config() -> None:

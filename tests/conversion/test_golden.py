@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtp_convert.checkpoint import open_checkpoint
 from mtp_convert.models.megatron.language_model import Prediction
-from mtp_convert.models.nemotron_h import NemotronHWithMTP
+from mtp_convert.models.nemotron_v3 import NemotronHForCausalLM
 from mtp_convert.options import Options
 from mtp_convert.roundtrip import roundtrip
 from mtp_convert.verify.forward import predict, relative_error, run_hf, run_megatron
@@ -119,13 +119,18 @@ def test_hf_side_agrees_with_megatron_core(name: str, tmp_path: Path) -> None:
     io = load_file(source / "out.safetensors")
     convert(source / "ckpt", tmp_path / "hf", "hf", hf_config=source / "config.json")
     steps = sum(n.startswith("logits_mtp") for n in io)
-    out = NemotronHWithMTP.from_folder(tmp_path / "hf")(io["tokens"], mtp_steps=steps)
+    model = NemotronHForCausalLM.from_pretrained(
+        tmp_path / "hf", num_nextn_predict_layers=steps, mtp_use_repeated_layer=name == "hyb_rep"
+    )
+    model.compute_mtp_in_eval = True
+    out = model(io["tokens"], output_hidden_states=True)
     report = Report()
     report.add("logits", out.logits, io["logits"])
-    report.add("hidden", out.hidden, io["hidden"])
-    for k in range(steps):
-        report.add(f"mtp_hidden.{k}", out.mtp_hidden[k], io[f"hidden_mtp{k}"])
-        report.add(f"mtp_logits.{k}", out.mtp_logits[k], io[f"logits_mtp{k}"])
+    report.add("hidden", out.hidden_states[0], io["hidden"])
+    assert len(out.mtp_per_depth_h) == steps
+    for k, hidden in enumerate(out.mtp_per_depth_h):
+        report.add(f"mtp_hidden.{k}", hidden, io[f"hidden_mtp{k}"])
+        report.add(f"mtp_logits.{k}", model.logits(hidden), io[f"logits_mtp{k}"])
     report.check(name)
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from _kit import AUTOMODEL, MEGATRON, Cli, config_of, convert, hf_folder
+from _kit import AUTOMODEL, FIXTURES, MEGATRON, Cli, config_of, convert, hf_folder
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mtp_convert import adapters
 from mtp_convert.verify.forward import relative_error, run_hf
 
 WEIGHTS = "model.safetensors"
@@ -125,3 +126,44 @@ def test_a_depth_of_unknown_make_is_refused(cli: Cli, tmp_path: Path) -> None:
     done = cli("init", folder, tmp_path / "out")
     assert done.code == 4
     assert "mtp_hybrid_override_pattern" in done.err
+
+
+@pytest.mark.parametrize("name", ["inkling", "glm5_next", "minimax_m3", "qwen4_exp", "mimo"])
+def test_out_and_on_again_wherever_the_sizes_are(name: str, tmp_path: Path, cli: Cli) -> None:
+    """Configs that keep their sizes in a section; heads without the model's ends."""
+    source = random_folder(name, tmp_path / "src")
+    heads = tmp_path / "heads"
+    assert cli("drop", source, tmp_path / "base").code == 0
+    assert cli("extract", source, heads, "--without-ends").code == 0
+    done = cli("graft", tmp_path / "base", heads, tmp_path / "out")
+    assert done.code == 0, done.err
+    a, b = tensors(source), tensors(tmp_path / "out")
+    assert a.keys() == b.keys()
+    assert [n for n in a if not torch.equal(a[n], b[n])] == []
+
+
+def random_folder(name: str, folder: Path) -> Path:
+    """Random weights of a family's example config."""
+    config = json.loads((FIXTURES / "configs" / f"{name}.json").read_text())
+    family, section = adapters.find(config)
+    model = config[section[0]] if section else config
+    dims = family.dims(model, max(family.depths.declared(model), 1))
+    made = torch.Generator().manual_seed(0)
+    words = family.nested if section else {}
+    bindings = family.layout("hf", dims, words).bindings
+    return hf_folder(folder, {n: torch.randn(b.shape, generator=made) for n, b in bindings.items()}, config)
+
+
+def test_heads_of_another_width_are_refused(tmp_path: Path, cli: Cli) -> None:
+    golden = MEGATRON / "dsv3_te"
+    convert(golden / "ckpt", tmp_path / "wide", "hf", hf_config=golden / "config.json")
+    source = random_folder("deepseek_v3", tmp_path / "narrow")
+    config = {**config_of(source), "hidden_size": 16}
+    family, _ = adapters.find(config)
+    bindings = family.layout("hf", family.dims(config, 1)).bindings
+    narrow = hf_folder(tmp_path / "other", {n: torch.zeros(b.shape) for n, b in bindings.items()}, config)
+    assert cli("extract", narrow, tmp_path / "heads", "--without-ends").code == 0
+    assert cli("drop", tmp_path / "wide", tmp_path / "base").code == 0
+    done = cli("graft", tmp_path / "base", tmp_path / "heads", tmp_path / "out")
+    assert done.code == 4
+    assert "hidden size: got 16, expected 32" in done.err

@@ -403,6 +403,18 @@ def test_the_command_line_has_the_option(tmp_path: Path, cli: Cli) -> None:
     assert json.loads((tmp_path / "megatron" / "mtp_convert.json").read_text())["source"]["encodings"]
 
 
+def test_the_way_back_is_told(tmp_path: Path, cli: Cli) -> None:
+    """Without the option the way back gives values."""
+    source, _ = of_format(tmp_path / "source", "fp8_block")
+    done = cli("hf-to-megatron", source, tmp_path / "megatron")
+    assert f"megatron-to-hf {tmp_path / 'megatron'} OUT --encoding source" in done.out
+    notes = cli("inspect", tmp_path / "megatron", "--format", "json").data["notes"]
+    assert any("--encoding source" in note for note in notes)
+    plain = cli("hf-to-megatron", AUTOMODEL / "nemotron_d1", tmp_path / "plain")
+    assert "--encoding" not in plain.out
+    assert cli("inspect", tmp_path / "plain", "--format", "json").data["notes"] == []
+
+
 def test_two_runs_write_the_same(tmp_path: Path) -> None:
     source, _ = of_format(tmp_path / "source", "nvfp4")
     for run in ("a", "b"):

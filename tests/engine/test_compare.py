@@ -12,7 +12,7 @@ from _stores import boxes, store
 from mtp_convert.containers.base import StoredChunk, StoredTensor
 from mtp_convert.encodings.dtype import BY_NAME, BY_TORCH_NAME, DTYPES, DType
 from mtp_convert.engine import compare as module
-from mtp_convert.engine.compare import Difference, StoredExtent, compare
+from mtp_convert.engine.compare import Difference, StoredExtent, compare, compare_all
 from mtp_convert.engine.gather import Bytes, Reader
 
 
@@ -152,3 +152,49 @@ def test_an_empty_chunk_holds_nothing(tmp_path: Path) -> None:
     tensor = StoredTensor("t", BY_NAME["U8"], (4,), chunks)
     wanted = Values(torch.tensor([1, 2, 3, 4], dtype=torch.uint8))
     assert compare(StoredExtent(tensor), wanted, Reader()) is None
+
+
+def test_many_pairs_at_once_are_measured_like_each_alone() -> None:
+    """Whatever the number of threads: sums are taken in the order of the windows."""
+    generator = torch.Generator().manual_seed(0)
+    a = [torch.randn(n, generator=generator) for n in (50, 16, 1, 100, 33)]
+    b = [a[0] + 1, a[1].clone(), a[2] * 2, torch.cat([a[3][:70], a[3][70:] - 1]), a[4].double()]
+    pairs = [(Values(x), Values(y)) for x, y in zip(a, b, strict=True)]
+    alone = [compared(x, y) for x, y in zip(a, b, strict=True)]
+    assert [d is None for d in alone] == [False, True, False, False, True]
+    for threads in (1, 3):
+        seen: list[int] = []
+        assert compare_all(pairs, threads=threads, progress=seen.append) == alone
+        assert sum(seen) == sum(x.nbytes for x in a)
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    with pytest.raises(ValueError, match="different numbers of elements"):
+        compare_all([(Values(torch.ones(3)), Values(torch.ones(3))), (Values(torch.ones(3)), Values(torch.ones(4)))])
+
+
+def test_figures_of_a_difference() -> None:
+    a = torch.linspace(-2, 3, 60)
+    b = a.clone()
+    b[[20, 55]] += torch.tensor([1.0, -4.0])
+    found = compared(a, b)
+    assert found is not None
+    assert (found.total, found.values) == (60, (float(a[20]), float(b[20])))
+    x, y = a.double(), b.double()
+    assert found.relative == pytest.approx(4 / 3)
+    assert found.cosine == pytest.approx(float(x @ y / x.norm() / y.norm()))
+    bits = [(20, a[20], b[20]), (55, a[55], b[55])]
+    assert [tuple(e) for e in found.examples] == [(i, raw(x), raw(y)) for i, x, y in bits]
+
+
+def raw(value: torch.Tensor) -> int:
+    return int(value.view(torch.int32)) & 0xFFFFFFFF
+
+
+def test_figures_that_are_no_numbers() -> None:
+    zeros = compared(torch.zeros(5), torch.ones(5))
+    assert zeros is not None
+    assert (zeros.relative, str(zeros.cosine)) == (float("inf"), "nan")
+    infinite = compared(torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0]))
+    assert infinite is not None
+    assert (str(infinite.relative), str(infinite.cosine)) == ("nan", "nan")

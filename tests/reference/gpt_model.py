@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ SAME = (
     "hidden_dropout",
     "attention_dropout",
     "mtp_num_layers",
+    "window_size",
+    "window_attn_skip_freq",
+    "no_rope_freq",
     "experimental_attention_variant",
     "linear_attention_freq",
     "linear_conv_kernel_dim",
@@ -44,7 +48,26 @@ SAME = (
     "moe_router_topk_scaling_factor",
     "moe_router_dtype",
     "moe_router_load_balancing_type",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
     "moe_grouped_gemm",
+)
+# The same of its subclass for latent attention; `dsa_...` is the indexer's.
+LATENT = (
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "rope_type",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
 )
 CPU = {
     "masked_softmax_fusion": False,
@@ -52,6 +75,7 @@ CPU = {
     "apply_rope_fusion": False,
     "use_cpu_initialization": True,
     "deterministic_mode": True,  # the delta rule in plain torch
+    "dsa_indexer_rotate_activation": False,  # changes no score, and needs bfloat16 and a CUDA package
 }
 
 
@@ -71,7 +95,10 @@ def install_delta_rule() -> None:
 
 def settings(args: dict[str, Any]) -> dict[str, Any]:
     """Fields of TransformerConfig."""
-    found = {name: args[name] for name in SAME if args.get(name) is not None}
+    latent = (
+        [*LATENT, *(name for name in args if name.startswith("dsa_"))] if args.get("multi_latent_attention") else []
+    )
+    found = {name: args[name] for name in (*SAME, *latent) if args.get(name) is not None}
     found |= {"layernorm_epsilon": args["norm_epsilon"], "gated_linear_unit": args["swiglu"], "activation_func": F.silu}
     found |= {"layernorm_zero_centered_gamma": bool(args.get("apply_layernorm_1p"))}
     if args.get("num_experts"):
@@ -79,23 +106,26 @@ def settings(args: dict[str, Any]) -> dict[str, Any]:
     return found | CPU
 
 
-def build(given: Namespace) -> nn.Module:
-    """The model, in float32."""
+def build(given: Namespace, *, mtp_experts: bool | None = None) -> nn.Module:
+    """The model, in float32. `mtp_experts`: whether MTP layers have experts, which only a layer spec can tell."""
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     args = vars(given)
-    config = TransformerConfig(**settings(args))
+    config = (MLATransformerConfig if args.get("multi_latent_attention") else TransformerConfig)(**settings(args))
     if config.experimental_attention_variant:
         layers = variants.get_transformer_block_with_experimental_attention_variant_spec(config)
     else:
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    mtp = layers
+    if mtp_experts is False and config.num_moe_experts:
+        mtp = get_gpt_decoder_block_spec(replace(config, num_moe_experts=None), use_transformer_engine=True)
     return GPTModel(
         config,
         layers,
-        mtp_block_spec=get_gpt_mtp_block_spec(config, layers, use_transformer_engine=True),
+        mtp_block_spec=get_gpt_mtp_block_spec(config, mtp, use_transformer_engine=True),
         vocab_size=args["vocab_size"],
         max_sequence_length=args["max_position_embeddings"],
         parallel_output=False,

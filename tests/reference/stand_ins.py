@@ -60,6 +60,19 @@ class RMSNorm(Stateful):
         return rms_norm(x, self.weight, self.eps, plus=self.plus)
 
 
+class LayerNorm(Stateful):
+    """`transformer_engine.pytorch.LayerNorm`."""
+
+    def __init__(self, normalized_shape: int, eps: float, params_dtype: torch.dtype, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(normalized_shape, dtype=params_dtype))
+        self.bias = nn.Parameter(torch.zeros(normalized_shape, dtype=params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
 def local_sizes(in_features: int, out_features: int, parallel_mode: str | None, tp_size: int) -> tuple[int, int]:
     """The (out, in) shape of one rank's weight."""
     if parallel_mode == "column":
@@ -68,7 +81,7 @@ def local_sizes(in_features: int, out_features: int, parallel_mode: str | None, 
 
 
 class Linear(Stateful):
-    """`transformer_engine.pytorch.Linear` without a bias."""
+    """`transformer_engine.pytorch.Linear`."""
 
     def __init__(
         self,
@@ -83,16 +96,15 @@ class Linear(Stateful):
         **_: object,
     ) -> None:
         super().__init__()
-        assert not bias, "the stand-in has no bias"
         self.parallel_mode, self.tp_size = parallel_mode, tp_size
         shape = local_sizes(in_features, out_features, parallel_mode, tp_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=params_dtype))
-        self.bias = None
+        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=params_dtype)) if bias else None
         if init_method is not None:
             init_method(self.weight.data)
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class LayerNormLinear(Linear):
@@ -154,9 +166,16 @@ class GroupedLinear(Stateful):
 class DotProductAttention(Stateful):
     """`transformer_engine.pytorch.DotProductAttention`: causal, layout sequence, batch, head, channel."""
 
-    def __init__(self, *_: object, softmax_scale: float | None = None, **__: object) -> None:
+    def __init__(
+        self,
+        *_: object,
+        softmax_scale: float | None = None,
+        window_size: tuple[int, int] | None = None,
+        **__: object,
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale
+        self.before = -1 if window_size is None else window_size[0]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
         repeat = query.shape[2] // key.shape[2]
@@ -164,6 +183,8 @@ class DotProductAttention(Stateful):
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         scores = q @ k.mT * (self.scale if self.scale is not None else 1 / math.sqrt(q.shape[-1]))
         later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        if self.before >= 0:
+            later |= torch.ones_like(later).tril(-self.before - 1)
         mixed = scores.masked_fill(later, -math.inf).softmax(-1) @ v
         return mixed.permute(2, 0, 1, 3).flatten(2).to(query.dtype)
 
@@ -225,9 +246,8 @@ def install() -> None:
     """Both packages into `sys.modules`."""
     empty_module("transformer_engine").__version__ = "2.2.0"
     engine = empty_module("transformer_engine.pytorch")
-    for kind in (Linear, LayerNormLinear, RMSNorm, GroupedLinear, DotProductAttention):
+    for kind in (Linear, LayerNormLinear, LayerNorm, RMSNorm, GroupedLinear, DotProductAttention):
         setattr(engine, kind.__name__, kind)
-    engine.LayerNorm = _empty_class("LayerNorm")
     engine.fp8_model_init = lambda *_, **__: contextlib.nullcontext()
     fp8 = empty_module("transformer_engine.pytorch.fp8")
     fp8.FP8GlobalStateManager = type("FP8GlobalStateManager", (), {"is_fp8_enabled": staticmethod(lambda: False)})

@@ -7,6 +7,7 @@ from mtp_convert.adapters.blocks.attention import Attention, attention, llama_at
 from mtp_convert.adapters.blocks.base import (
     MEGATRON_FORMS,
     MEGATRON_WORDS,
+    halves,
     joined,
     megatron_words,
     renamed,
@@ -17,12 +18,16 @@ from mtp_convert.adapters.blocks.base import (
     with_hf,
 )
 from mtp_convert.adapters.blocks.decoder import (
+    EXPERTS,
+    GROUPED_WORDS,
+    LATENT_WORDS,
     MEGATRON,
     NATIVE,
     TRUNKS,
     Depth,
     HfPrefixes,
     Layer,
+    choices,
     ends,
     homogeneous,
     places,
@@ -37,6 +42,9 @@ from mtp_convert.adapters.blocks.mtp import hf_fusion, mtp_final_norm, mtp_fusio
 from mtp_convert.adapters.blocks.streams import hyper_connection
 
 __all__ = [
+    "EXPERTS",
+    "GROUPED_WORDS",
+    "LATENT_WORDS",
     "MEGATRON",
     "MEGATRON_FORMS",
     "MEGATRON_WORDS",
@@ -54,9 +62,11 @@ __all__ = [
     "Mlp",
     "Moe",
     "attention",
+    "choices",
     "deepseek_mla",
     "delta_net",
     "ends",
+    "halves",
     "hf_fusion",
     "hf_mamba_rows",
     "homogeneous",

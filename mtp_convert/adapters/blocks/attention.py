@@ -46,7 +46,7 @@ def attention(d: Attention) -> Block:
     ]
     fused = rule("self_attention.linear_qkv.weight", *heads, op=Grouped(d.K))
     if d.head_gate:
-        params.append(Param("head_gate", (d.Q, d.H), cut=0))
+        params.append(Param("head_gate", (d.Q, d.H), cut=0, unquantised=True))
         fused = rule("self_attention.linear_qkv.weight", *heads, "head_gate", op=Appended(Grouped(d.K)))
     rows: list[Row] = [
         *norm_rows("{attention_norm}", "self_attention.linear_proj", behind=d.post_norm),

@@ -7,6 +7,10 @@ what the block inside an MTP depth is called, whether equal decoder layers are s
 legacy checkpoints (`mp_rank_XX`) store them. They differ where torch_dist takes a tensor apart or stacks several: rows
 of such tensors are given twice, with `only(..., keys=...)`; all other rows serve both. For legacy checkpoints every
 param also says with `Param.cut` how tensor parallelism cuts it.
+
+`shards` says whether a tensor may have several shards of one rank. Where it may not ("single"), the gate and the up
+half of a first matrix are two tensors, `_w` and `_v`, and every expert has its own: torch_dist under
+`singleton_local_shards`, and what Megatron's FSDP stores.
 """
 
 from __future__ import annotations
@@ -14,13 +18,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mtp_convert.mapping.family import Form
+from mtp_convert.mapping.ops import Concat
 from mtp_convert.mapping.rules import Block, Copy, Extra, Row, Rule, only, rule
 
 # The first spelling is what current Megatron-Core with TransformerEngine specs writes.
 MEGATRON_WORDS: dict[str, tuple[str, ...]] = {
-    "wrapper": ("", "model.", "module.", "language_model."),
+    "wrapper": ("", "model.", "module.", "language_model.", "model.module."),
     "keys": ("dist", "state_dict"),
-    "experts": ("grouped", "sequential"),
+    "experts": ("grouped", "sequential", "packed"),
+    "shards": ("whole", "single"),
     "conv": ("conv1d_", "conv1d."),
     "inner": ("mtp_model_layer", "transformer_layer"),
     "decoder": ("per_layer", "stacked"),
@@ -36,12 +42,13 @@ MEGATRON_WORDS: dict[str, tuple[str, ...]] = {
 
 
 ALWAYS = ("keys", "experts", "conv")
+HALVES = ("_w", "_v")  # Megatron's names for the gate and for what it gates
 
 # How the containers of Megatron checkpoints spell the layout.
 MEGATRON_FORMS: dict[str, Form] = {
     "torch_dist": Form({"keys": "dist"}),
     "legacy": Form(
-        {"keys": "state_dict", "decoder": "per_layer"},
+        {"keys": "state_dict", "decoder": "per_layer", "shards": "whole"},
         released=(
             ((0, 0), {"inner": "transformer_layer", "conv": "conv1d."}),
             ((0, 17), {"inner": "mtp_model_layer"}),
@@ -53,7 +60,7 @@ MEGATRON_FORMS: dict[str, Form] = {
 
 def megatron_words(*names: str, **first: str) -> dict[str, tuple[str, ...]]:
     """The choices of a family: `names` of `MEGATRON_WORDS`, some with another released spelling."""
-    chosen = {name: MEGATRON_WORDS[name] for name in (*ALWAYS, *names)}
+    chosen = {name: MEGATRON_WORDS[name] for name in (*ALWAYS, *names, "shards")}
     for name, spelling in first.items():
         chosen[name] = (spelling, *(s for s in MEGATRON_WORDS[name] if s != spelling))
     return chosen
@@ -91,6 +98,14 @@ def joined(first: Block, *others: Block) -> Block:
         {layout: tuple(row for block in blocks for row in block.rows[layout]) for layout in first.rows},
         {index: values for block in blocks for index, values in block.domains.items()},
     )
+
+
+def halves(tensor: str, *params: str) -> tuple[Row, ...]:
+    """A first matrix (or bias) of one param, or of a gate above an up projection."""
+    if len(params) == 1:
+        return (rule(tensor, *params),)
+    apart = (rule(tensor + half, param) for half, param in zip(HALVES, params, strict=True))
+    return (*only(rule(tensor, *params, op=Concat(0)), shards="whole"), *only(*apart, shards="single"))
 
 
 def te(*modules: str, over: tuple[str, ...] = ()) -> tuple[Extra, ...]:

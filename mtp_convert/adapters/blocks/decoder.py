@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mtp_convert.adapters.blocks.base import te
+from mtp_convert.adapters.blocks.base import megatron_words, te
+from mtp_convert.mapping.family import Choices
 from mtp_convert.mapping.rules import Block, Copy, Extra, Param, Placed, Row, only, rule
 
 Layer = Mapping[str, Block]
@@ -34,6 +35,10 @@ class HfPrefixes:
 
 
 TRUNKS = ("model.", "model.language_model.", "language_model.model.", "")
+EXPERTS = ("split", "stacked")
+# Megatron's words of decoders with experts, by their attention.
+GROUPED_WORDS = ("wrapper", "decoder", "attention_norm", "mlp_norm", "moe_norm", "final_norm")
+LATENT_WORDS = ("wrapper", "decoder", "mlp_norm", "moe_norm", "q_norm", "kv_norm", "final_norm")
 NATIVE = HfPrefixes("model.layers.{i}.", "mtp.layers.{k}.", "mtp.layers.{k}.", "mtp.layers.{k}.")
 MEGATRON = HfPrefixes(
     "{wrapper}decoder.layers.{i}.",
@@ -41,6 +46,18 @@ MEGATRON = HfPrefixes(
     "{wrapper}mtp.layers.{k}.{inner}.",
     "{wrapper}mtp.layers.{k}.",
 )
+
+
+def choices(*megatron: str, **hf: tuple[str, ...]) -> dict[str, Choices]:
+    """The choices of a decoder: Megatron's words by name, and the Hugging Face words beside the trunk with spellings.
+
+    The native tree is transformers' own, so it has none.
+    """
+    return {
+        "hf": {"trunk": TRUNKS, **hf},
+        "megatron": megatron_words(*megatron, inner="transformer_layer"),
+        "native": {},
+    }
 
 
 def places(

@@ -12,7 +12,8 @@ from mtp_convert.mapping.ops import Concat, Grouped, Op
 from mtp_convert.mapping.rules import Block, Param, Row, only, rule
 
 QKV = ("query", "key", "value")
-PROJECTIONS = (*QKV, "z", "beta", "alpha")  # z gates the output; beta is the step size and alpha the decay of a head
+HEADS = ("beta", "alpha")  # the step size and the decay of a head
+PROJECTIONS = (*QKV, "z", *HEADS)  # z gates the output
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def delta_net(d: DeltaNet) -> Block:
     s = "self_attention"
     params = (
         Param("norm", (d.H,)),
-        *(Param(f"in_proj.{p}", (n, d.H), cut=0) for p, n in d.rows.items()),
+        *(Param(f"in_proj.{p}", (n, d.H), cut=0, unquantised=p in HEADS) for p, n in d.rows.items()),
         *(Param(f"conv.{p}", (d.rows[p], 1, d.W), cut=0) for p in QKV),
         *(Param(p, (d.V,), high_precision=True, cut=0) for p in ("A_log", "dt_bias")),
         Param("out_norm", (d.E,)),
@@ -56,7 +57,8 @@ def delta_net(d: DeltaNet) -> Block:
     rows: tuple[Row, ...] = (
         rule("{delta_norm}", "norm"),
         *only(*apart, keys="dist"),
-        *only(*fused, keys="state_dict"),
+        *only(*fused, keys="state_dict", shards="whole"),
+        *only(*apart, keys="state_dict", shards="single"),
         *(rule(f"{s}.{p}", p) for p in ("A_log", "dt_bias")),
         rule(f"{s}.out_norm.weight", "out_norm", plus=-1.0 if d.centred else 0.0),
         rule(f"{s}.out_proj.weight", "out"),

@@ -48,7 +48,7 @@ def kda(d: Kda) -> Block:
         *(Param(g, shape, cut=None if g.endswith("_a") else 0) for g, shape in d.gates.items()),
         Param("A_log", (d.Q,), high_precision=True, cut=0),
         Param("dt_bias", (rows,), high_precision=True, cut=0),
-        Param("beta", (d.Q, d.H)),
+        Param("beta", (d.Q, d.H), unquantised=True),
         Param("out_norm", (d.D,)),
         Param("o", (d.H, rows), cut=1),
     )

@@ -72,12 +72,14 @@ def mla(d: Mla) -> Block:
             (f"{s}.linear_q_up_proj.weight", "q_b"),
         ]
         modules += [f"{s}.linear_q_down_proj", f"{s}.linear_q_up_proj"]
-    rows: list[Row] = [*renamed(*names), *te(*modules), *te_attention(f"{s}.core_attention")]
+    rows: list[Row] = [*renamed(*names), *te(*modules)]
     if d.indexer is not None:
         more, found = _indexer(d, d.indexer)
         params, rows = [*params, *more], [*rows, *found]
     if d.indexer is not None or d.shares_indexer:
         rows += te(f"{s}.q_layernorm", f"{s}.kv_layernorm")
+    else:  # the core of sparse attention is Megatron-Core's own
+        rows += te_attention(f"{s}.core_attention")
     return Block(tuple(params), {"megatron": tuple(rows)})
 
 
@@ -90,7 +92,7 @@ def _indexer(d: Mla, x: Indexer) -> tuple[list[Param], list[Row]]:
         Param("indexer.k", (x.Y, d.H)),
         Param("indexer.k_norm", (x.Y,)),
         Param("indexer.k_norm_bias", (x.Y,)),
-        Param("indexer.weights", (x.X, d.H)),
+        Param("indexer.weights", (x.X, d.H), unquantised=True),
     ]
     module = "self_attention.core_attention.indexer"
     rows: list[Row] = [

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtp_convert.adapters.blocks.base import norm_rows, te, with_hf
-from mtp_convert.mapping.ops import Concat
+from mtp_convert.adapters.blocks.base import halves, norm_rows, te, with_hf
 from mtp_convert.mapping.rules import Block, Param, Row, rule
 
 
@@ -36,14 +35,14 @@ def mlp(d: Mlp) -> Block:
     params = [Param("norm", (d.H,)), *(Param(p, (d.F, d.H), cut=0) for p in d.first), Param("down", (d.H, d.F), cut=1)]
     rows: list[Row] = [
         *norm_rows("{mlp_norm}", "mlp.linear_fc2", behind=d.post_norm),
-        rule("mlp.linear_fc1.weight", *d.first, op=Concat(0)),
+        *halves("mlp.linear_fc1.weight", *d.first),
         rule("mlp.linear_fc2.weight", "down"),
         *te("mlp.linear_fc1", "mlp.linear_fc2"),
     ]
     if d.bias:
         params += [*(Param(f"{p}_bias", (d.F,), cut=0) for p in d.first), Param("down_bias", (d.H,))]
         rows += [
-            rule("mlp.linear_fc1.bias", *(f"{p}_bias" for p in d.first), op=Concat(0)),
+            *halves("mlp.linear_fc1.bias", *(f"{p}_bias" for p in d.first)),
             rule("mlp.linear_fc2.bias", "down_bias"),
         ]
     return Block(tuple(params), {"megatron": tuple(rows)})

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtp_convert.adapters.blocks.base import te, with_hf
-from mtp_convert.mapping.ops import Concat
+from mtp_convert.adapters.blocks.base import halves, te, with_hf
+from mtp_convert.mapping.ops import Concat, Permute
 from mtp_convert.mapping.rules import Block, Param, Row, only, rule
 
 
@@ -46,7 +46,7 @@ def moe(d: Moe) -> Block:
     L = d.latent or d.H
     params = [
         *([Param("norm", (d.H,))] if d.normed else []),
-        Param("router", (d.E + d.scored + d.zero, d.H), high_precision=d.wide_router),
+        Param("router", (d.E + d.scored + d.zero, d.H), high_precision=d.wide_router, unquantised=True),
         *(Param(f"experts.{{e}}.{p}", (d.I, L), cut=0) for p in d.first),
         Param("experts.{e}.down", (L, d.I), cut=1),
     ]
@@ -66,21 +66,32 @@ def moe(d: Moe) -> Block:
 
 
 def _experts(d: Moe) -> tuple[Row, ...]:
-    """Stacked in torch_dist; a grouped layer numbers its weights, and a list of experts its modules."""
+    """Stacked in torch_dist (if whole); a grouped layer numbers its weights, and a list of experts its modules.
+
+    Until Megatron-Core 0.16 there was a layer that packed the experts of a rank, transposed (see `sharding.packed`).
+    """
     first = tuple(f"experts.{{e}}.{p}" for p in d.first)
 
     def fc(name: str, suffix: str = "", over: tuple[str, ...] = ()) -> tuple[Row, ...]:
         fc1, fc2 = (f"mlp.experts.{name}linear_fc{n}" for n in (1, 2))
+        stacked = (rule(f"{fc1}.weight", *first, op=Concat(0), over=over),)
         return (
-            rule(f"{fc1}.weight{suffix}", *first, op=Concat(0), over=over),
+            *(stacked if over else halves(f"{fc1}.weight{suffix}", *first)),
             rule(f"{fc2}.weight{suffix}", "experts.{e}.down", over=over),
             *te(fc1, fc2, over=over),
         )
 
     return (
-        *only(*fc("experts.", over=("e",)), keys="dist"),
+        *only(*fc("experts.", over=("e",)), keys="dist", shards="whole"),
+        *only(*fc("experts.{e}."), keys="dist", shards="single"),
         *only(*fc("", "{e}"), keys="state_dict", experts="grouped"),
         *only(*fc("local_experts.{e}."), keys="state_dict", experts="sequential"),
+        *only(
+            rule("mlp.experts.weight1.{e}", *first, op=Permute((1, 0), Concat(0))),
+            rule("mlp.experts.weight2.{e}", "experts.{e}.down", op=Permute((1, 0))),
+            keys="state_dict",
+            experts="packed",
+        ),
     )
 
 
@@ -93,7 +104,7 @@ def _shared(d: Moe) -> tuple[list[Param], list[Row]]:
         Param("shared.down", (d.H, d.S), cut=1),
     ]
     rows: list[Row] = [
-        rule(f"{module}.linear_fc1.weight", *(f"shared.{p}" for p in d.first), op=Concat(0)),
+        *halves(f"{module}.linear_fc1.weight", *(f"shared.{p}" for p in d.first)),
         rule(f"{module}.linear_fc2.weight", "shared.down"),
         *te(f"{module}.linear_fc1", f"{module}.linear_fc2"),
     ]

@@ -12,8 +12,8 @@ def mtp_fusion(H: int) -> Block:
     params = (
         Param("enorm", (H,)),
         Param("hnorm", (H,)),
-        Param("eh_proj.e", (H, H), cut=0),
-        Param("eh_proj.h", (H, H), cut=0),
+        Param("eh_proj.e", (H, H), cut=0, unquantised=True),
+        Param("eh_proj.h", (H, H), cut=0, unquantised=True),
     )
     rows: tuple[Row, ...] = (
         rule("enorm.weight", "enorm"),

@@ -44,16 +44,25 @@ def table(columns: str, text: str, **prefixes: str) -> tuple[Line, ...]:
     return tuple(lines)
 
 
-def params_of(lines: Sequence[Line], sizes: Mapping[str, int], *, high_precision: Collection[str] = ()) -> list[Param]:
-    """The params, with numbers for letters; `high_precision` ones keep their stored element type."""
-    return [_param(line, sizes, line.param in high_precision) for line in lines]
+def params_of(
+    lines: Sequence[Line],
+    sizes: Mapping[str, int],
+    *,
+    high_precision: Collection[str] = (),
+    unquantised: Collection[str] = (),
+) -> list[Param]:
+    """The params, with numbers for letters; those of these names are as `Param` says."""
+    return [
+        replace(_param(line, sizes), high_precision=line.param in high_precision, unquantised=line.param in unquantised)
+        for line in lines
+    ]
 
 
-def _param(line: Line, sizes: Mapping[str, int], high_precision: bool) -> Param:
+def _param(line: Line, sizes: Mapping[str, int]) -> Param:
     axes = line.shape.split(",")
     shape = tuple(prod(sizes[letter] for letter in axis.rstrip("/").split("*")) for axis in axes)
     cut = next((i for i, axis in enumerate(axes) if axis.endswith("/")), None)
-    return Param(line.param, shape, high_precision=high_precision, cut=cut)
+    return Param(line.param, shape, cut=cut)
 
 
 def rows_of(lines: Sequence[Line], layout: str, *, float32: Collection[str] = ()) -> list[Row]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from mtp_convert.models.mtp_inputs import roll_tensor, seq_idx_from_borders
+from mtp_convert.models.mtp_inputs import roll_tensor
+from mtp_convert.models.packed_rows import packed_seq_idx
 
 
 @dataclass(frozen=True)
@@ -155,26 +156,10 @@ def shift_ids(ids: Tensor, documents: Documents | None) -> Tensor:
 
 
 def _documents(shape: tuple[int, int], device: torch.device, **given: Tensor | None) -> Documents | None:
-    seq_idx, cu_seqlens = given["seq_idx"], given["cu_seqlens"]
-    if seq_idx is not None and cu_seqlens is not None:
+    if given["seq_idx"] is not None and given["cu_seqlens"] is not None:
         raise ValueError("both seq_idx and cu_seqlens are given, expected at most one")
-    if cu_seqlens is not None:
-        borders = cu_seqlens.reshape(-1).to(device)
-        _check_borders(borders, shape)
-        seq_idx = seq_idx_from_borders(borders, shape[1]).unsqueeze(0)
-    if seq_idx is None:
-        return None
-    if seq_idx.shape != shape:
-        raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, expected {shape}")
-    return Documents.from_seq_idx(seq_idx.to(device))
-
-
-def _check_borders(borders: Tensor, shape: tuple[int, int]) -> None:
-    rows, length = shape
-    if rows != 1:
-        raise ValueError(f"cu_seqlens describes one row, but the batch has {rows}; give seq_idx [B, S]")
-    if borders[0] != 0 or borders[-1] != length or (borders.diff() < 0).any():
-        raise ValueError(f"cu_seqlens is {borders.tolist()}, expected borders that rise from 0 to {length}")
+    numbers = packed_seq_idx(given, *shape, device=device)
+    return None if numbers is None else Documents.from_seq_idx(numbers)
 
 
 def _positions(

@@ -10,17 +10,17 @@ from typing import Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DeepseekV4Config
 
 from mtp_convert.models.deepseek_v4 import pipeline
 from mtp_convert.models.deepseek_v4.backbone import DeepseekV4Backbone
-from mtp_convert.models.deepseek_v4.batch import Batch, BatchArguments, Documents, Rotaries, make_batch, shift_ids
+from mtp_convert.models.deepseek_v4.batch import Batch, BatchArguments, Rotaries, make_batch, shift_ids
 from mtp_convert.models.deepseek_v4.config import BackendConfig, ConfigSource, MoEConfig, read_config
 from mtp_convert.models.deepseek_v4.initialize import init_weights
 from mtp_convert.models.deepseek_v4.mtp import build_deepseek_v4_mtp, build_mtp_config_from_hf
 from mtp_convert.models.deepseek_v4.precision import Float32Linear, KeepsFloat32, cast_weights
 from mtp_convert.models.deepseek_v4.weights import load_folder, released_tensors
+from mtp_convert.models.logits import keep_positions, keep_problems, next_token_loss
 
 
 @dataclass(frozen=True)
@@ -209,12 +209,13 @@ class DeepseekV4ForCausalLM(KeepsFloat32):
     ) -> DeepseekV4CausalLMOutput:
         hidden = self.model.collapse(streams)
         logits = self._logits(hidden, logits_to_keep)
+        last = None if batch.documents is None else batch.documents.last
         predicted = None
         if self.mtp is not None and (self.training or self.compute_mtp_in_eval):
             predicted = self.mtp(streams, input_ids=ids, embed_fn=self.model.embed_tokens, batch=batch)
         return DeepseekV4CausalLMOutput(
             logits=logits,
-            loss=None if labels is None else next_token_loss(logits, labels, batch.documents),
+            loss=None if labels is None else next_token_loss(logits, labels, last),
             hidden_states=hidden if keep_hidden else None,
             mtp_per_depth_h=predicted,
             mtp_loss_scaling_factor=self.mtp_config.loss_scaling_factor if self.mtp is not None else None,
@@ -222,8 +223,7 @@ class DeepseekV4ForCausalLM(KeepsFloat32):
 
     def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
         assert self.lm_head is not None
-        kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
-        logits: Tensor = self.lm_head(kept)
+        logits: Tensor = self.lm_head(keep_positions(hidden, keep))
         return logits.to(hidden.dtype)
 
     def _shifted_embeddings(self, ids: Tensor, batch: Batch) -> tuple[Tensor, ...]:
@@ -235,12 +235,11 @@ class DeepseekV4ForCausalLM(KeepsFloat32):
         return tuple(embeds)
 
     def _check_inputs(self, ids: Tensor, embeds: Sequence[Tensor], labels: Tensor | None, keep: int | Tensor) -> None:
-        if isinstance(keep, int) and keep < 0:
-            raise ValueError(f"logits_to_keep is {keep}, expected 0 (all) or more")
-        if labels is not None and (isinstance(keep, Tensor) or keep):
-            raise ValueError("labels need the logits of all positions, but logits_to_keep is given")
+        problems = keep_problems(keep, labels)
         if labels is not None and labels.shape != ids.shape:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected {tuple(ids.shape)}")
+            problems.append(f"labels have shape {tuple(labels.shape)}, expected {tuple(ids.shape)}")
+        if problems:
+            raise ValueError("; ".join(problems))
         if self.model.embed_tokens is not None:
             if embeds:
                 raise ValueError(f"{len(embeds)} MTP embeddings are given to the first stage, which makes them")
@@ -267,11 +266,3 @@ def check_ids(ids: Tensor, *, vocab: int) -> None:
             f"input_ids has {int(outside.sum())} of {ids.numel()} ids outside 0..{vocab - 1} "
             f"(lowest {int(ids.min())}, highest {int(ids.max())})"
         )
-
-
-def next_token_loss(logits: Tensor, labels: Tensor, documents: Documents | None) -> Tensor:
-    """Mean cross entropy of logits [B, S, V] at i against labels [B, S] at i + 1, within documents."""
-    targets = labels[:, 1:]
-    if documents is not None:
-        targets = targets.masked_fill(documents.last[:, :-1], -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())

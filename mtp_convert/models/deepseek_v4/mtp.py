@@ -94,9 +94,13 @@ class DeepseekV4MTPBlock(DeepseekV4Block):
             The next depth's streams [B, S, X, H], and the hidden state [B, S, H] for the shared output head.
         """
         batch = resolve_batch(self.config, self.rotaries, hidden_states, position_ids, attn_kwargs)
-        fused = self.e_proj(self.enorm(embed_input)).unsqueeze(-2) + self.h_proj(self.hnorm(hidden_states))
-        streams = self.decode(fused, batch)
+        streams = self.decode(self.fuse(hidden_states, embed_input), batch)
         return streams, self.norm(self.hc_head(streams))
+
+    def fuse(self, hidden_states: Tensor, embed_input: Tensor) -> Tensor:
+        """What the layer continues: every stream of [B, S, X, H] with the embedding [B, S, H]."""
+        fused: Tensor = self.e_proj(self.enorm(embed_input)).unsqueeze(-2) + self.h_proj(self.hnorm(hidden_states))
+        return fused
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:

@@ -6,7 +6,6 @@ Between stages travel the streams [B, S, X, H] and, since only the first stage c
 of the shifted ids. The last stage yields logits [B, S, V] and D hidden states [B, S, H].
 """
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_convert.models.deepseek_v4.config import hash_layers
+from mtp_convert.models.stages import cut, layer_problems, with_modules
 
 if TYPE_CHECKING:
     from mtp_convert.models.deepseek_v4.model import DeepseekV4ForCausalLM
@@ -35,8 +35,8 @@ def stage_modules(
     shared = [f"{layers_prefix}rotary_emb"]
     ending = [f"{layers_prefix}hc_head"] * (getattr(backbone, "hc_head", None) is not None)
     ending += ["mtp"] * (model.mtp is not None)
-    stages = [_append(stage, shared) for stage in names]
-    return [*stages[:-1], _append(stages[-1], ending)]
+    stages = [with_modules(stage, shared) for stage in names]
+    return [*stages[:-1], with_modules(stages[-1], ending)]
 
 
 def cut_stage(model: "DeepseekV4ForCausalLM", names: Iterable[str]) -> "DeepseekV4ForCausalLM":
@@ -45,20 +45,7 @@ def cut_stage(model: "DeepseekV4ForCausalLM", names: Iterable[str]) -> "Deepseek
     Raises ValueError for names that the model does not have, and for a last stage (with `lm_head`) that lacks what
     belongs to it.
     """
-    kept = {*names, "model.rotary_emb"}
-    stage = copy.deepcopy(model)
-    if unknown := sorted(name for name in kept if not _has(stage, name)):
-        raise ValueError(f"modules of a stage that the model does not have: {unknown}")
-    ending = {"model.hc_head", "model.norm", *(["mtp"] if stage.mtp is not None else [])}
-    if "lm_head" in kept and (lacking := sorted(ending - kept)):
-        raise ValueError(f"the last stage lacks {lacking}")
-    for owner, prefix in ((stage, ""), (stage.model, "model.")):
-        for name in [n for n, _ in owner.named_children() if n not in ("model", "layers")]:
-            if prefix + name not in kept:
-                setattr(owner, name, None)
-    for index in [i for i in stage.model.layers if f"model.layers.{i}" not in kept]:
-        del stage.model.layers[index]
-    return stage
+    return cut(model, {*names, "model.rotary_emb"}, ending={"model.hc_head", "model.norm", "mtp"})
 
 
 def stage_metas(
@@ -78,23 +65,8 @@ def stage_metas(
     return inputs, outputs
 
 
-def _append(stage: Sequence[str], names: Sequence[str]) -> list[str]:
-    return [*stage, *(name for name in names if name not in stage)]
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
 def _check_layers(names: Sequence[Sequence[str]], layers: Sequence[str], hashed: Sequence[int]) -> None:
-    if not names:
-        raise ValueError("no stages are given")
-    placed = [name for stage in names for name in stage]
-    problems = [f"{name} is on {placed.count(name)} stages" for name in layers if placed.count(name) != 1]
+    problems = layer_problems(names, layers)
     problems += [
         f"{layers[i]} chooses experts by token id, so it must be on the first stage"
         for i in hashed

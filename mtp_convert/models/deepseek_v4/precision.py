@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtp_convert.models.deepseek_v4.config import BackendConfig
+from mtp_convert.models.precision import sparing
 
 # What transformers keeps (hyper-connections, sinks, position and router biases, norms), MTP's own parameters of the
 # same kinds, and the rotary frequencies.
@@ -51,12 +52,6 @@ class KeepsFloat32(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         named = chain(self.named_parameters(), self.named_buffers())
-        kept = {id(tensor) for name, tensor in named if stays_float32(name, self.backend)}
-
-        def guarded(tensor: Tensor) -> Tensor:
-            out = fn(tensor)
-            narrower = out.dtype.itemsize < tensor.dtype.itemsize
-            return tensor.to(out.device) if id(tensor) in kept and narrower else out
-
-        applied: Self = super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
+        kept = [tensor for name, tensor in named if stays_float32(name, self.backend)]
+        applied: Self = super()._apply(sparing(fn, kept), recurse)  # type: ignore[no-untyped-call]
         return applied

@@ -46,9 +46,9 @@ def _choose(
     problems = []
     for name, tensor in state.items():
         options = {tuple(option): option for option in spellings(name, tensor, layers=layers)}
-        found = [option for option in options.values() if not option.keys().isdisjoint(stored.headers)]
+        found = [option for option in options.values() if not option.keys().isdisjoint(stored)]
         if len(found) > 1:
-            problems.append(f"given twice: {sorted(n for o in found for n in o if n in stored.headers)}")
+            problems.append(f"given twice: {sorted(n for o in found for n in o if n in stored)}")
         chosen[name] = found[0] if found else next(iter(options.values()))
     return chosen, problems
 
@@ -57,10 +57,10 @@ def _cover_problems(
     stored: StoredTensors, chosen: Mapping[str, Mapping[str, Tensor]], *, spared: set[str]
 ) -> list[str]:
     wanted = {source: view for sources in chosen.values() for source, view in sources.items()}
-    present = wanted.keys() & stored.headers.keys()
+    present = wanted.keys() & stored.keys()
     scales = {stored.scale_of(name) for name in present | spared}
     missing = sorted(wanted.keys() - present)
-    unexpected = sorted(stored.headers.keys() - present - scales - spared)
+    unexpected = sorted(stored.keys() - present - scales - spared)
     problems = [f"tensors missing: {missing}"] if missing else []
     if missing and all(name.startswith("mtp.") for name in missing):
         problems.append("for a model without MTP give num_nextn_predict_layers=0")
@@ -71,7 +71,7 @@ def _cover_problems(
 def _copies(stored: StoredTensors, *, depths: int) -> dict[str, str]:
     """Copies that the folder holds, by name, and the tensor of the tree that each must equal."""
     names = {f"mtp.{k}.{leaf}": original for k in range(depths) for leaf, original in MTP_COPIES.items()}
-    return {name: original for name, original in names.items() if name in stored.headers}
+    return {name: original for name, original in names.items() if name in stored}
 
 
 def _left_out(stored: StoredTensors, folder: Path, config: DeepseekV4Config) -> set[str]:
@@ -79,7 +79,7 @@ def _left_out(stored: StoredTensors, folder: Path, config: DeepseekV4Config) -> 
     declared = int(json.loads((folder / "config.json").read_text()).get("num_nextn_predict_layers") or 0)
     dropped = range(config.num_nextn_predict_layers, declared)
     prefixes = tuple(p for k in dropped for p in mtp_prefixes(k, layers=config.num_hidden_layers))
-    return {name for name in stored.headers if name.startswith(prefixes)}
+    return {name for name in stored if name.startswith(prefixes)}
 
 
 def _assemble(stored: StoredTensors, target: Tensor, sources: Mapping[str, Tensor]) -> Tensor:

@@ -35,9 +35,13 @@ class CoreAttention(MegatronModule):
         attention_mask: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
         scale: float,
+        before: int | None = None,
     ) -> Tensor:
-        """[S, B, N * V]. `attention_mask` (bool, [1 or B, 1, S, S]) is True where a query must not look, besides."""
-        visible = _visible(len(q_SBNC), attention_mask, packed_seq_params, q_SBNC.device)
+        """[S, B, N * V]. `attention_mask` (bool, [1 or B, 1, S, S]) is True where a query must not look, besides.
+
+        `before`: how many tokens before it a query sees, None for all.
+        """
+        visible = visible_keys(len(q_SBNC), attention_mask, packed_seq_params, q_SBNC.device, before=before)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBNC, k_SBGC, v_SBGV))
         mixed_BNSV = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
@@ -53,12 +57,21 @@ class TECoreAttention(EmptyState, CoreAttention):
         return {}
 
 
-def _visible(length: int, mask: Tensor | None, packed: PackedSeqParams | None, device: torch.device) -> Tensor | None:
-    """Which keys a query sees, bool [..., S, S]; None if that is all that are not behind it."""
+def visible_keys(
+    length: int,
+    mask: Tensor | None,
+    packed: PackedSeqParams | None,
+    device: torch.device,
+    *,
+    before: int | None = None,
+) -> Tensor | None:
+    """Which keys a query sees, bool [..., S, S]; None if that is all that are not behind it. See CoreAttention."""
     numbers = sequence_numbers(length, packed, device)
-    if mask is None and numbers is None:
+    if mask is None and numbers is None and before is None:
         return None
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if before is not None:
+        visible = visible.triu(-before)
     if numbers is not None:
         visible = visible & (numbers[:, None] == numbers)
     return visible if mask is None else visible & ~mask
@@ -75,16 +88,24 @@ class SelfAttentionSubmodules:
 
 
 class SelfAttention(MegatronModule):
-    """Attention whose `linear_qkv` holds, group by group, the rows of q..q, (gates..,) k, v."""
+    """Attention whose `linear_qkv` holds, group by group, the rows of q..q, (gates..,) k, v.
+
+    `window`: it sees the config's window alone. `rotary`: it turns queries and keys, if positions are rotary.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
         submodules: SelfAttentionSubmodules,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        window: bool = False,
+        rotary: bool = True,
     ) -> None:
         super().__init__(config, pg_collection)
         groups, tp = self.pg_collection, self.pg_collection.tp.size()
+        self.before = config.window_size[0] if window and config.window_size and config.window_size[0] >= 0 else None
+        self.rotary = rotary
         self.query_groups = share(config.num_query_groups, tp, "query groups")
         self.per_group = config.num_attention_heads // config.num_query_groups
         size = config.kv_channels * config.num_attention_heads
@@ -124,7 +145,7 @@ class SelfAttention(MegatronModule):
         q_SBNC = heads_SBGxC[..., : self.per_group, :].flatten(2, 3)
         if self.config.qk_layernorm:
             q_SBNC, k_SBGC = self.q_layernorm(q_SBNC), self.k_layernorm(k_SBGC)
-        if rotary_pos_emb is not None:
+        if rotary_pos_emb is not None and self.rotary:
             pairs = self.config.rotary_interleaved
             q_SBNC, k_SBGC = (rotate(x, rotary_pos_emb, interleaved=pairs) for x in (q_SBNC, k_SBGC))
         mixed_SBx = self.core_attention(
@@ -134,6 +155,7 @@ class SelfAttention(MegatronModule):
             attention_mask=attention_mask,
             packed_seq_params=packed_seq_params,
             scale=channels**-0.5,
+            before=self.before,
         )
         if self.config.attention_output_gate:
             gate = heads_SBGxC[..., self.per_group :, :].flatten(2)

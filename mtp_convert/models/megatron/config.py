@@ -6,53 +6,16 @@ Megatron-LM stores with a checkpoint. Settings of speed, memory and optimisation
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Self
 
 import torch
 
-from mtp_convert.models.megatron import config_args, config_hf
-from mtp_convert.models.megatron.hybrid_pattern import ATTENTION, GDN, MAMBA, MLA, MLP, MOE, HybridPattern
+from mtp_convert.models.megatron import config_args, config_checks, config_hf
+from mtp_convert.models.megatron.hybrid_pattern import ATTENTION, COMPRESSED, GDN, MLA, MLP, MOE, HybridPattern
 from mtp_convert.models.megatron.placement import PipelineParallelLayerLayout
-
-COMPRESSED = "C"  # compressed attention, a block of GPT models alone
-
-# block -> the sizes that it cannot do without
-_SIZES = {
-    COMPRESSED: (
-        "num_attention_heads",
-        "q_lora_rank",
-        "qk_pos_emb_head_dim",
-        "v_head_dim",
-        "o_groups",
-        "o_lora_rank",
-        "csa_window_size",
-    ),
-    ATTENTION: ("num_attention_heads", "num_query_groups", "kv_channels"),
-    MLA: ("num_attention_heads", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
-    MLP: ("ffn_hidden_size",),
-    MOE: ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size"),
-    MAMBA: ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
-    GDN: (
-        "linear_conv_kernel_dim",
-        "linear_key_head_dim",
-        "linear_value_head_dim",
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-    ),
-}
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "transformer_impl": ("transformer_engine", "local"),
-    "normalization": ("RMSNorm", "LayerNorm"),
-    "activation": ("silu", "gelu", "squared_relu"),
-    "position_embedding_type": ("rope", "learned_absolute", "none"),
-    "rope_type": ("rope", "yarn"),
-    "experimental_attention_variant": (None, "gated_delta_net", "dsv4_hybrid"),
-    "moe_router_score_function": ("softmax", "sigmoid", "sqrtsoftplus"),
-    "recompute_granularity": (None, "full"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +50,9 @@ class TransformerConfig:
     kv_channels: int = 0  # size of a head
     qk_layernorm: bool = False
     attention_output_gate: bool = False
+    window_size: tuple[int, int] | None = None  # tokens before and behind it that a query sees; causal in any case
+    window_attn_skip_freq: int | tuple[int, ...] | None = None  # N: every Nth layer sees all; list: 1 has the window
+    no_rope_freq: int | tuple[int, ...] | None = None  # N: every Nth layer has no positions; list: 1 has none
     ffn_hidden_size: int = 0
     gated_linear_unit: bool = False
     activation: str = "silu"
@@ -106,7 +72,8 @@ class TransformerConfig:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
 
-    experimental_attention_variant: str | None = None  # "dsv4_hybrid": compressed attention, a kind of latent attention
+    # "dsa": latent attention to keys that an indexer chooses; "dsv4_hybrid": compressed attention, a kind of it as well
+    experimental_attention_variant: str | None = None
     csa_compress_ratios: tuple[int, ...] = ()  # of every layer and every MTP layer; 0: a window alone
     csa_window_size: int = 0
     csa_compress_rotary_base: float = 40000.0  # of layers with compressed keys
@@ -114,7 +81,12 @@ class TransformerConfig:
     o_lora_rank: int = 0  # of each of them
     dsa_indexer_n_heads: int = 0
     dsa_indexer_head_dim: int = 0
-    dsa_indexer_topk: int = 0  # compressed keys that a token sees, in layers of ratio 4
+    dsa_indexer_topk: int = 0  # keys that a token sees; of compressed attention, in layers of ratio 4
+    dsa_indexer_topk_freq: int = 1  # N: behind the first layers, every Nth one chooses; the others see the same keys
+    dsa_indexer_skip_topk_offset: int = 0  # how many first layers choose; 0 counts as 1
+    dsa_indexer_rope_interleaved: bool = False  # neighbours form a pair
+    dsa_indexer_scoring_relu: bool = True
+    dsa_indexer_k_norm_epsilon: float | None = None  # None: the model's
 
     enable_hyper_connections: bool = False
     num_residual_streams: int = 4
@@ -154,6 +126,7 @@ class TransformerConfig:
 
     mtp_num_layers: int | None = None  # depths that run
     mtp_use_repeated_layer: bool = False  # they all run the one stored layer
+    mtp_experts: bool | None = None  # whether MTP layers have experts, if unlike the last layer; in Megatron by spec
     mtp_loss_scaling_factor: float = 0.1
     mtp_detach_heads: bool = False  # MTP loss trains the MTP layers alone
     calculate_per_token_loss: bool = False
@@ -169,8 +142,7 @@ class TransformerConfig:
     hetereogenous_dist_checkpoint: bool = False  # Megatron's spelling; layers are stored one by one
 
     def __post_init__(self) -> None:
-        problems = list(self._problems())
-        if problems:
+        if problems := list(config_checks.problems(self)):
             raise ValueError("; ".join(problems))
 
     @classmethod
@@ -205,12 +177,33 @@ class TransformerConfig:
     @cached_property
     def linear_attention_layers(self) -> tuple[bool, ...]:
         """For every layer of a GPT model whether its attention is linear."""
-        freq = self.linear_attention_freq
-        if freq is None:
+        return self._all_but_every(self.linear_attention_freq, absent=False)
+
+    @cached_property
+    def window_layers(self) -> tuple[bool, ...]:
+        """For every layer of a GPT model whether attention sees a window alone."""
+        if self.window_size is None:
             return (False,) * self.num_layers
+        return self._all_but_every(self.window_attn_skip_freq, absent=True)
+
+    @cached_property
+    def rotary_layers(self) -> tuple[bool, ...]:
+        """For every layer of a GPT model whether attention knows positions, if the model's are rotary."""
+        freq = self.no_rope_freq
+        return tuple(not x for x in freq) if isinstance(freq, tuple) else self._all_but_every(freq, absent=True)
+
+    def _all_but_every(self, freq: int | tuple[int, ...] | None, *, absent: bool) -> tuple[bool, ...]:
+        """For every layer what a list says, or that it is not a `freq`-th one; `absent` without either."""
+        if freq is None:
+            return (absent,) * self.num_layers
         if isinstance(freq, int):
             return tuple((layer + 1) % freq != 0 for layer in range(self.num_layers))
         return tuple(map(bool, freq))
+
+    def indexing_layer(self, layer: int) -> int:
+        """Number, from 0, of the layer whose indexer chooses the keys of layer number `layer`."""
+        own = max(self.dsa_indexer_skip_topk_offset, 1)
+        return layer - max(layer + 1 - own, 0) % self.dsa_indexer_topk_freq
 
     @property
     def homogeneous(self) -> bool:
@@ -222,6 +215,11 @@ class TransformerConfig:
             and not self.compressed_attention
             and not self.hetereogenous_dist_checkpoint
         )
+
+    @property
+    def sparse_attention(self) -> bool:
+        """Whether attention is latent and sees what an indexer chooses, as in DeepSeek-V3.2."""
+        return self.experimental_attention_variant == "dsa"
 
     @property
     def compressed_attention(self) -> bool:
@@ -248,76 +246,3 @@ class TransformerConfig:
         attention = COMPRESSED if self.compressed_attention else attention
         mixers = {GDN if linear else attention for linear in self.linear_attention_layers}
         return "".join(sorted(mixers | {MOE if experts else MLP for experts in self.moe_layers}))
-
-    def _problems(self) -> Iterator[str]:
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                yield f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}"
-        wrong = list(self._wrong_frequencies())
-        yield from wrong
-        if not wrong:  # else it is not known which blocks there are
-            yield from self._wrong_blocks()
-        yield from self._wrong_counts()
-        yield from self._wrong_compression()
-        yield from self._wrong_experiments()
-
-    def _wrong_frequencies(self) -> Iterator[str]:
-        for name in ("moe_layer_freq", "linear_attention_freq"):
-            freq = getattr(self, name)
-            if isinstance(freq, int) and freq < 1:
-                yield f"{name} is {freq}, expected 1 or more"
-            if isinstance(freq, tuple) and len(freq) != self.num_layers:
-                yield f"{name} has {len(freq)} entries for {self.num_layers} layers"
-
-    def _wrong_blocks(self) -> Iterator[str]:
-        needed = {"hidden_size", "vocab_size"}.union(*(_SIZES[block] for block in self.blocks))
-        if missing := sorted(name for name in needed if not getattr(self, name)):
-            yield f"sizes missing: {', '.join(missing)}"
-        if MAMBA in self.blocks and self.megatron_version < (0, 19):
-            yield f"Mamba mixers have other names before 0.19, megatron_version is {self.megatron_version}"
-        if GDN in self.blocks and self.activation != "silu":
-            yield f"linear attention needs activation 'silu', got {self.activation!r}"
-
-    def _wrong_counts(self) -> Iterator[str]:
-        for whole, part in (
-            ("num_attention_heads", "num_query_groups"),
-            ("mamba_num_heads", "mamba_num_groups"),
-            ("linear_num_value_heads", "linear_num_key_heads"),
-            ("num_moe_experts", "moe_router_num_groups"),
-        ):
-            total, parts = getattr(self, whole), getattr(self, part)
-            if parts and (total or 0) % parts:
-                yield f"{whole} {total} is no multiple of {part} {parts}"
-        if self.moe_router_num_groups and not self.moe_router_group_topk:
-            yield "moe_router_num_groups needs moe_router_group_topk"
-        if self.hybrid is not None:
-            if len(self.hybrid.main) != self.num_layers:
-                yield f"{len(self.hybrid.main)} layers in the pattern, num_layers is {self.num_layers}"
-            depths = self.mtp_stored_layers if self.hybrid.mtp_depths == 1 else self.mtp_num_layers or 0
-            if self.hybrid.mtp_depths != depths:
-                yield f"{self.hybrid.mtp_depths} MTP depths in the pattern, mtp_num_layers is {self.mtp_num_layers}"
-
-    def _wrong_compression(self) -> Iterator[str]:
-        if not self.compressed_attention:
-            return
-        ratios, layers = self.csa_compress_ratios, self.num_layers + self.mtp_stored_layers
-        if len(ratios) < layers:
-            yield f"csa_compress_ratios has {len(ratios)} entries for {layers} layers, MTP layers included"
-        if wrong := [ratio for ratio in ratios if ratio < 0 or ratio == 1]:
-            yield f"csa_compress_ratios holds {wrong}, expected 0 or 2 and more"
-        indexer = ("dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk")
-        if 4 in ratios and (missing := [name for name in indexer if not getattr(self, name)]):
-            yield f"sizes missing for layers of ratio 4: {', '.join(missing)}"
-        if self.o_groups and self.num_attention_heads * self.v_head_dim % self.o_groups:
-            yield f"{self.num_attention_heads} heads of {self.v_head_dim} do not divide among o_groups {self.o_groups}"
-        if not self.multi_latent_attention or self.transformer_impl != "transformer_engine":
-            yield 'dsv4_hybrid needs multi_latent_attention and transformer_impl="transformer_engine"'
-
-    def _wrong_experiments(self) -> Iterator[str]:
-        """Settings that few models have, and that exclude others."""
-        if self.hybrid is not None and (self.enable_hyper_connections or self.compressed_attention):
-            yield "hyper-connections and dsv4_hybrid attention are not supported in models with a layer pattern"
-        if self.moe_n_hash_layers and not self.actual_vocab_size:
-            yield "moe_n_hash_layers needs actual_vocab_size"
-        if self.activation_func_clamp_value is not None and not self.gated_linear_unit:
-            yield "activation_func_clamp_value needs gated_linear_unit"

@@ -19,11 +19,10 @@ _RENAMED = {
 }
 # Settings that change the numbers and are not implemented, with the values under which they change nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "experimental_attention_variant": (None, "gated_delta_net", "dsv4_hybrid"),
+    "experimental_attention_variant": (None, "gated_delta_net", "dsa", "dsv4_hybrid"),
     "csa_dense_mode": (None, False),
     "mhc_single_pass": (None, False),
     "softmax_type": (None, "vanilla"),
-    "window_size": (None,),
     "use_rope_scaling": (None, False),
     "rope_scaling": (None, False),
     "seq_len_interpolation_factor": (None,),
@@ -39,6 +38,14 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "enable_mhc_connections": (None, False),
     "heterogeneous_layers_config_path": (None,),
 }
+_LISTS = (
+    "moe_layer_freq",
+    "linear_attention_freq",
+    "window_size",
+    "window_attn_skip_freq",
+    "no_rope_freq",
+    "csa_compress_ratios",
+)
 _ROUTINGS = ("sinkhorn", "quantile_balancing")  # load balancing that chooses experts itself
 
 
@@ -51,7 +58,7 @@ def settings(args: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
     found = {n: v for n, v in args.items() if n in known and v is not None}
     found |= {field: args[n] for n, field in _RENAMED.items() if args.get(n) is not None}
     found |= _attention(args) | _feed_forward(args) | _vocabulary(args) | _pattern(args) | _stages(args)
-    for name in ("moe_layer_freq", "linear_attention_freq", "csa_compress_ratios"):
+    for name in _LISTS:
         if isinstance(found.get(name), list):
             found[name] = tuple(found[name])
     if isinstance(dtype := found.get("params_dtype"), str):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Self
 
 MAMBA, GDN, ATTENTION, MLA, MLP, MOE = "M", "G", "*", "+", "-", "E"
+COMPRESSED = "C"  # compressed attention, a block of GPT models alone
 SYMBOLS = MAMBA + GDN + ATTENTION + MLA + MLP + MOE
 
 

@@ -168,10 +168,14 @@ class LanguageModel(MegatronModule, ABC):
         if not (self.pre_process and self.post_process):
             raise ValueError("a pipeline stage cannot predict by itself")
         hidden = self.hidden_states(input_ids, packed_seq_params=packed_seq_params)
-        logits, _ = self.output_layer(hidden, weight=self._output_weight())
         parts = 1 + (self.config.mtp_num_layers or 0)
-        states, scores = (tuple(x.transpose(0, 1) for x in both.chunk(parts)) for both in (hidden, logits))
+        states, scores = (tuple(x.transpose(0, 1) for x in both.chunk(parts)) for both in (hidden, self.logits(hidden)))
         return Prediction(scores[0], states[0], states[1:], scores[1:])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output layer, which MTP layers share: [S, B, H] -> [S, B, V]."""
+        scores: Tensor = self.output_layer(hidden, weight=self._output_weight())[0]
+        return scores
 
     def _main_with_mtp_loss(
         self,

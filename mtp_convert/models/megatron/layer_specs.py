@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from mtp_convert.models.megatron.attention import SelfAttention, SelfAttentionSubmodules
 from mtp_convert.models.megatron.backends import BackendSpecProvider, TESpecProvider, get_backend
@@ -27,6 +30,13 @@ from mtp_convert.models.megatron.mtp_block import (
     get_mtp_layer_spec_for_backend,
 )
 from mtp_convert.models.megatron.placement import get_mtp_num_layers_to_build
+from mtp_convert.models.megatron.sparse_attention import (
+    DSAIndexer,
+    DSAIndexerSubmodules,
+    DSAttention,
+    DSAttentionSubmodules,
+    SparseMLASelfAttention,
+)
 from mtp_convert.models.megatron.spec import ModuleSpec
 from mtp_convert.models.megatron.transformer_block import HybridStack, TransformerBlockSubmodules, decoder_layers
 from mtp_convert.models.megatron.transformer_layer import (
@@ -44,25 +54,17 @@ _LOCAL_KEYS = {
 
 
 def get_gpt_layer_spec(
-    config: TransformerConfig,
-    *,
-    experts: bool,
-    linear_attention: bool = False,
-    compress_ratio: int | None = None,
-    hashed: bool = False,
+    config: TransformerConfig, *, experts: bool, hashed: bool = False, attention: ModuleSpec | None = None
 ) -> ModuleSpec:
-    """A layer of a GPT model: attention and feed-forward, of the kinds given.
+    """A layer of a GPT model: attention (by default the usual one) and feed-forward, of the kinds given.
 
-    `compress_ratio` makes attention a compressed one; experts of a `hashed` layer are chosen by token id.
+    Experts of a `hashed` layer are chosen by token id.
     """
     backend = get_backend(config)
     fused = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm()
-    if compress_ratio is not None:
-        attention = compressed_attention_spec(backend, compress_ratio)
-    else:
-        attention = gated_delta_net_spec(config, backend) if linear_attention else attention_spec(config, backend)
-    latent = config.multi_latent_attention and not linear_attention
+    attention = attention or attention_spec(config, backend)
+    latent = config.multi_latent_attention and attention.module is not GatedDeltaNet
     connection = HyperConnection if config.enable_hyper_connections else None
     submodules = TransformerLayerSubmodules(
         input_layernorm=None if fused and not latent else norm,
@@ -78,24 +80,52 @@ def get_gpt_layer_spec(
 
 def get_gpt_decoder_layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
     """Every layer of the whole decoder."""
-    return [_gpt_layer_spec(config, layer) for layer in range(config.num_layers)]
+    choices: dict[int, Tensor] = {}
+    return [
+        get_gpt_layer_spec(
+            config,
+            experts=config.moe_layers[layer],
+            hashed=layer < config.moe_n_hash_layers,
+            attention=_gpt_attention_spec(config, layer, layer, choices),
+        )
+        for layer in range(config.num_layers)
+    ]
 
 
 def get_gpt_mtp_layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
-    """The layer inside every MTP layer: like the decoder's last, with a compress ratio and routing of its own."""
-    return [_gpt_layer_spec(config, config.num_layers + depth) for depth in range(config.mtp_stored_layers)]
+    """The layer inside every MTP layer: like the decoder's last, but for what Megatron finds by a layer's number.
+
+    It counts MTP layers from the first one again, except for compress ratios.
+    """
+    experts = config.moe_layers[-1] if config.mtp_experts is None else config.mtp_experts
+    last, choices = config.num_layers - 1, dict[int, Tensor]()
+    return [
+        get_gpt_layer_spec(
+            config,
+            experts=experts,
+            attention=_gpt_attention_spec(config, last, min(depth, last), choices, depth=depth),
+        )
+        for depth in range(config.mtp_stored_layers)
+    ]
 
 
-def _gpt_layer_spec(config: TransformerConfig, layer: int) -> ModuleSpec:
-    """Layer number `layer`, from 0; those of MTP layers follow the decoder's."""
-    kind = min(layer, config.num_layers - 1)
-    return get_gpt_layer_spec(
-        config,
-        experts=config.moe_layers[kind],
-        linear_attention=config.linear_attention_layers[kind],
-        compress_ratio=config.csa_compress_ratios[layer] if config.compressed_attention else None,
-        hashed=layer < min(config.moe_n_hash_layers, config.num_layers),
-    )
+def _gpt_attention_spec(
+    config: TransformerConfig, kind: int, number: int, choices: MutableMapping[int, Tensor], *, depth: int | None = None
+) -> ModuleSpec:
+    """Attention of a layer like number `kind` that is counted as `number`, both from 0; of an MTP layer at `depth`."""
+    backend = get_backend(config)
+    if config.compressed_attention:
+        entry = number if depth is None else config.num_layers + depth
+        return compressed_attention_spec(backend, config.csa_compress_ratios[entry])
+    if config.linear_attention_layers[kind]:
+        return gated_delta_net_spec(config, backend)
+    if config.sparse_attention:
+        return sparse_attention_spec(config, backend, number, choices)
+    spec = attention_spec(config, backend)
+    if config.multi_latent_attention:
+        return spec
+    own = {"window": config.window_layers[number], "rotary": config.rotary_layers[number]}
+    return replace(spec, params=own)
 
 
 def get_gpt_decoder_block_spec(
@@ -182,6 +212,27 @@ def attention_spec(config: TransformerConfig, backend: BackendSpecProvider) -> M
             layernorm=None if fused else backend.layer_norm(),
         ),
     )
+
+
+def sparse_attention_spec(
+    config: TransformerConfig, backend: BackendSpecProvider, number: int, choices: MutableMapping[int, Tensor]
+) -> ModuleSpec:
+    """Latent attention to chosen keys in layer `number`, from 0; see DSAttention for `choices`."""
+    indexer = ModuleSpec(DSAIndexer, submodules=DSAIndexerSubmodules(backend.linear(), backend.layer_norm()))
+    core = ModuleSpec(
+        DSAttention,
+        params={"layer": number, "source": config.indexing_layer(number), "choices": choices},
+        submodules=DSAttentionSubmodules(indexer),
+    )
+    submodules = MLASelfAttentionSubmodules(
+        linear_q_proj=backend.column_parallel_linear(),
+        linear_down_proj=backend.linear(),
+        linear_up_proj=backend.column_parallel_linear(),
+        core_attention=core,
+        linear_proj=backend.row_parallel_linear(),
+        layernorm=backend.layer_norm(),
+    )
+    return ModuleSpec(SparseMLASelfAttention, submodules=submodules)
 
 
 def compressed_attention_spec(backend: BackendSpecProvider, ratio: int) -> ModuleSpec:

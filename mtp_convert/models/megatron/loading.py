@@ -6,7 +6,7 @@ Which slice of which tensor a module holds is what its `sharded_state_dict` says
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,24 @@ from mtp_convert.models.megatron.sharding import (
 _SHARD = "/shard_"
 
 
-def load_tensors(model: MegatronModule, tensors: Mapping[str, Tensor], metadata: Metadata | None = None) -> None:
+class Whole(Protocol):
+    """A whole tensor, in memory or not, of which parts can be taken."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its sizes."""
+
+    def __getitem__(self, index: Any, /) -> Tensor:  # noqa: ANN401 - as torch
+        """The part that numbers and slices choose."""
+
+
+def load_tensors(model: MegatronModule, tensors: Mapping[str, Whole], metadata: Metadata | None = None) -> None:
     """Fill `model` from `tensors`, the whole tensors of a torch_dist checkpoint by key. See `state_from_tensors`."""
     model.load_state_dict(state_from_tensors(model, tensors, metadata), strict=True)
 
 
 def state_from_tensors(
-    model: MegatronModule, tensors: Mapping[str, Tensor], metadata: Metadata | None = None
+    model: MegatronModule, tensors: Mapping[str, Whole], metadata: Metadata | None = None
 ) -> dict[str, Any]:
     """The state dict that `model` has in a checkpoint.
 
@@ -40,6 +51,13 @@ def state_from_tensors(
     no numbers and are the model's own. ValueError names everything that is missing, left over or of another shape.
     """
     entries = model.sharded_state_dict(metadata=metadata)
+    check_tensors(model, entries, tensors)
+    own = {name: value for name, value in model.state_dict().items() if name.endswith("_extra_state")}
+    return own | {n: local_tensor(e, tensors) for n, e in entries.items() if not isinstance(e, ShardedObject)}
+
+
+def check_tensors(model: MegatronModule, entries: ShardedStateDict, tensors: Mapping[str, Whole]) -> None:
+    """ValueError that names every tensor of `entries` that is missing or of another shape, and what is left over."""
     shards = [shard for shard in iter_shards(entries) if isinstance(shard, ShardedTensor)]
     problems = [f"missing {key}" for key in sorted({s.key for s in shards} - tensors.keys())]
     problems += [
@@ -52,8 +70,22 @@ def state_from_tensors(
         problems += [f"unexpected {key}" for key in sorted(stored - {s.key for s in shards})]
     if problems:
         raise ValueError("the checkpoint does not fit the model:\n  " + "\n  ".join(dict.fromkeys(problems)))
-    own = {name: value for name, value in model.state_dict().items() if name.endswith("_extra_state")}
-    return own | {n: _place(e, tensors) for n, e in entries.items() if not isinstance(e, ShardedObject)}
+
+
+def local_tensor(entry: ShardedTensor | ShardedTensorFactory, tensors: Mapping[str, Whole]) -> Tensor:
+    """What one entry holds of the whole tensors."""
+    if isinstance(entry, ShardedTensorFactory):
+        return entry.merge_fn([_slice(shard, tensors[shard.key]) for shard in entry.build()])
+    return _slice(entry, tensors[entry.key])
+
+
+def mtp_experts(keys: Iterable[str]) -> bool | None:
+    """Whether the MTP layers that are stored under `keys` have experts; None without any.
+
+    Megatron makes them like the decoder's last layer unless it is given a layer spec, of which no argument tells.
+    """
+    stored = [key for key in keys if "mtp.layers." in key]
+    return any(".mlp.router." in key for key in stored) if stored else None
 
 
 def load_rank(model: MegatronModule, state: Mapping[str, Any]) -> None:
@@ -93,20 +125,13 @@ def tensors_from_ranks(ranks: Iterable[ShardedStateDict]) -> dict[str, Tensor]:
     return whole
 
 
-def _fits(tensor: Tensor, shard: ShardedTensor) -> bool:
+def _fits(tensor: Whole, shard: ShardedTensor) -> bool:
     first = 1 if shard.allow_shape_mismatch else 0
     return tuple(tensor.shape[first:]) == shard.global_shape[first:]
 
 
-def _place(entry: ShardedTensor | ShardedTensorFactory, tensors: Mapping[str, Tensor]) -> Tensor:
-    """What one entry holds of the whole tensors."""
-    if isinstance(entry, ShardedTensorFactory):
-        return entry.merge_fn([_slice(shard, tensors[shard.key]) for shard in entry.build()])
-    return _slice(entry, tensors[entry.key])
-
-
-def _slice(shard: ShardedTensor, tensor: Tensor) -> Tensor:
+def _slice(shard: ShardedTensor, tensor: Whole) -> Tensor:
     if shard.allow_shape_mismatch:
         rows = shard.global_shape[0]
-        tensor = F.pad(tensor[:rows], (0, 0, 0, max(rows - len(tensor), 0)))
+        tensor = F.pad(tensor[:rows], (0, 0, 0, max(rows - tensor.shape[0], 0)))
     return tensor[shard.global_slice()]

@@ -84,7 +84,8 @@ class MLASelfAttention(MegatronModule):
         config = self.config
         positions = token_positions(len(hidden_states), packed_seq_params, hidden_states.device)
         angles, factor = latent_attention_angles(positions, config)
-        q_SBNx = torch.unflatten(self._queries(hidden_states), -1, (self.heads, -1))
+        compressed_q = self._compressed_queries(hidden_states)
+        q_SBNx = torch.unflatten(self._queries(compressed_q), -1, (self.heads, -1))
         q_SBNP, q_SBNR = torch.split(q_SBNx, [config.qk_head_dim, config.qk_pos_emb_head_dim], -1)
         compressed, k_SBR = torch.split(
             self.linear_kv_down_proj(hidden_states), [config.kv_lora_rank, config.qk_pos_emb_head_dim], -1
@@ -98,21 +99,34 @@ class MLASelfAttention(MegatronModule):
             torch.cat((q_SBNP, q_SBNR), -1),
             torch.cat((k_SBNP, k_SBNR), -1),
             v_SBNV,
-            attention_mask=attention_mask,
+            attention_mask=self._mask(hidden_states, compressed_q, attention_mask, packed_seq_params),
             packed_seq_params=packed_seq_params,
             scale=self._scale(),
         )
         output: Tensor = self.linear_proj(mixed_SBx)
         return output
 
-    def _queries(self, hidden_states: Tensor) -> Tensor:
-        """[S, B, N * (P + R)]."""
+    def _compressed_queries(self, hidden_states: Tensor) -> Tensor:
+        """What queries are made of, [S, B, q_lora_rank]; [S, B, H] if they are not compressed."""
         if self.config.q_lora_rank is None:
-            queries: Tensor = self.linear_q_proj(hidden_states)
-            return queries
-        compressed = self.linear_q_down_proj(hidden_states)
-        queries = self.linear_q_up_proj(self.q_layernorm(compressed) if self.has_norms else compressed)
+            return hidden_states
+        compressed: Tensor = self.linear_q_down_proj(hidden_states)
+        return self.q_layernorm(compressed) if self.has_norms else compressed
+
+    def _queries(self, compressed: Tensor) -> Tensor:
+        """[S, B, N * (P + R)]."""
+        queries: Tensor = (self.linear_q_proj if self.config.q_lora_rank is None else self.linear_q_up_proj)(compressed)
         return queries
+
+    def _mask(
+        self,
+        hidden_states: Tensor,
+        compressed: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Tensor | None:
+        """Where a query must not look: here, what is asked for."""
+        return attention_mask
 
     def _scale(self) -> float:
         """Factor of the scores before the softmax."""

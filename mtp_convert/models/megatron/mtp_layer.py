@@ -183,7 +183,8 @@ class MultiTokenPredictionLayer(StreamHead):
 
         `input_ids` and `position_ids` [B, S] and `hidden_states` [S, B, H] (or streams [S, B, n * H]) are the previous
         depth's; the same three come back for this depth, hidden states first. `rotary_pos_emb` [S, 1, 1, R] is the main
-        model's. ValueError for arguments that MTP layers cannot use: cross attention, biases of the scores, caches.
+        model's; its tables for decoding with a cache (`rotary_pos_cos`, `rotary_pos_sin`, `sequence_len_offset`) are
+        not read. ValueError for arguments that MTP layers cannot use: cross attention, biases of the scores, caches.
         """
         unused = {"context": context, "attention_bias": attention_bias, "inference_params": inference_params}
         if given := [name for name, value in unused.items() if value is not None]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from mtp_convert.models.megatron.groups import Group
+from mtp_convert.models.packed_rows import seq_idx_from_borders
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,5 +42,4 @@ class PackedSeqParams:
         """
         if self.boundaries is None or self.total_tokens is None:
             return None
-        places = torch.arange(self.total_tokens, device=self.boundaries.device, dtype=self.boundaries.dtype)
-        return torch.searchsorted(self.boundaries[1:].contiguous(), places, right=True).to(torch.int32)[None]
+        return seq_idx_from_borders(self.boundaries, self.total_tokens).int()[None]

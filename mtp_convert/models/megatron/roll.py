@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtp_convert.models import mtp_inputs
 from mtp_convert.models.megatron.groups import Group
 from mtp_convert.models.megatron.packed import PackedSeqParams
 
@@ -59,9 +60,7 @@ def roll_tensor(
     if cp_group is not None and cp_group.size() > 1:
         rolled = _roll_left(tensor, -shifts, dims, [(0, tensor.size(dims))], cp_group)
     else:
-        width, length = min(abs(shifts), tensor.size(dims)), tensor.size(dims)
-        rolled = tensor.roll(shifts, dims)
-        rolled.narrow(dims, length - width if shifts < 0 else 0, width).zero_()
+        rolled = mtp_inputs.roll_tensor(tensor, shifts, dims)
     return rolled, rolled.sum()
 
 

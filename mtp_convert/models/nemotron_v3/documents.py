@@ -11,15 +11,13 @@ from typing import Self, TypedDict
 import torch
 from torch import Tensor
 
-from mtp_convert.models.mtp_inputs import seq_idx_from_borders
+from mtp_convert.models.packed_rows import packed_seq_idx
 
 
 class PackedArguments(TypedDict, total=False):
-    """The keywords by which callers describe packed rows; the first one given of the first four decides.
+    """The keywords by which callers describe packed rows; the first four are explained at `packed_seq_idx`.
 
-    `seq_idx` and `_packed_seq_ids` are [B, S], equal numbers mark one document (0 in the latter: padding).
-    `cu_seqlens_padded` and `cu_seqlens` are the borders [K + 1] of a single row, rising from 0 to S; negative entries
-    are fill. Layouts do not differ here, so `qkv_format` and `max_seqlen` change nothing. `cp_size` must be 1.
+    Layouts do not differ here, so `qkv_format` and `max_seqlen` change nothing. `cp_size` must be 1.
     """
 
     seq_idx: Tensor | None
@@ -50,10 +48,10 @@ class Documents:
             raise TypeError(f"unknown arguments of a forward pass: {', '.join(unknown)}")
         if given.get("cp_size", 1) != 1:
             raise ValueError(f"cp_size is {given['cp_size']}, but a row cannot be split over ranks here: expected 1")
-        seq_idx = _seq_idx(given, rows, length)
+        seq_idx = packed_seq_idx(given, rows, length, device=device)
         if seq_idx is None:
             return None
-        seq_idx = seq_idx.to(device=device, dtype=torch.int32)
+        seq_idx = seq_idx.int()
         borders = tuple(_borders(row) for row in seq_idx.tolist())
         return None if all(len(row) == 2 for row in borders) else cls(seq_idx, borders)
 
@@ -72,38 +70,10 @@ class Documents:
         return last
 
 
-def _seq_idx(given: PackedArguments, rows: int, length: int) -> Tensor | None:
-    """[B, S] from whichever keyword is given."""
-    for name, numbers in (("seq_idx", given.get("seq_idx")), ("_packed_seq_ids", given.get("_packed_seq_ids"))):
-        if numbers is not None:
-            numbers = numbers.unsqueeze(0) if numbers.dim() == 1 else numbers
-            if numbers.shape != (rows, length):
-                raise ValueError(f"{name} has shape {tuple(numbers.shape)}, expected {(rows, length)}")
-            return numbers
-    for name, borders in (
-        ("cu_seqlens_padded", given.get("cu_seqlens_padded")),
-        ("cu_seqlens", given.get("cu_seqlens")),
-    ):
-        if borders is not None:
-            return _from_borders(name, borders, rows, length)
-    return None
-
-
-def _from_borders(name: str, borders: Tensor, rows: int, length: int) -> Tensor:
-    borders = borders.flatten()
-    borders = borders[borders >= 0]
-    ends = borders.tolist()
-    if rows != 1:
-        raise ValueError(f"{name} describes one row, but the batch has {rows}; give seq_idx [B, S]")
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != length or any(a > b for a, b in pairwise(ends)):
-        raise ValueError(f"{name} is {ends}, expected borders that rise from 0 to {length}")
-    return seq_idx_from_borders(borders, length).unsqueeze(0)
-
-
 def _borders(numbers: list[int]) -> tuple[int, ...]:
     """[0, .., S] around runs of equal numbers."""
     changes = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1]]
     starts = [numbers[i] for i in (0, *changes)]
-    if again := sorted({n for n in starts if n != 0 and starts.count(n) > 1}):
+    if again := sorted({n for n in starts if n != 0 and starts.count(n) > 1}):  # 0 is padding, also between documents
         raise ValueError(f"documents {again} go on behind another one, expected each in one piece")
     return (0, *changes, len(numbers))

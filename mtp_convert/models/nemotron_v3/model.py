@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, NemotronHConfig
 
+from mtp_convert.models.logits import keep_positions, next_token_loss
 from mtp_convert.models.nemotron_v3 import pipeline
 from mtp_convert.models.nemotron_v3.backbone import NemotronV3Model, redraw
 from mtp_convert.models.nemotron_v3.batch import Batch, causal_mask, make_batch
@@ -24,8 +25,6 @@ from mtp_convert.models.nemotron_v3.outputs import (
     NemotronHCausalLMOutputWithPast,
     argument_problems,
     as_rows,
-    keep_positions,
-    next_token_loss,
 )
 from mtp_convert.models.nemotron_v3.precision import FLOAT32_LEAVES
 from mtp_convert.models.nemotron_v3.weights import load_folder, read_folder_config, released_tensors
@@ -182,10 +181,8 @@ class NemotronHForCausalLM(HybridGeneration, nn.Module):
             cache=self.new_cache() if use_cache and past_key_values is None else past_key_values,
             packed=packed,
         )
-        ahead = mtp_embed_inputs
-        if not ahead and (self._mtp_runs(batch) or pipeline.must_embed_ahead(self, stage=stage)):
-            embedded = None if inputs_embeds is None else hidden
-            ahead = pipeline.embeddings_ahead(self, input_ids, embedded)
+        embedded = None if inputs_embeds is None else hidden
+        ahead = mtp_embed_inputs or self._embeddings_ahead(input_ids, embedded, batch, stage=stage)
         hidden = self.model(inputs_embeds=hidden, batch=batch)
         if stage:
             return pipeline.stage_output(self, hidden, ahead, batch, logits_to_keep)
@@ -293,6 +290,14 @@ class NemotronHForCausalLM(HybridGeneration, nn.Module):
             if isinstance(module, NemotronV3Block):
                 module.gradient_checkpointing = enabled
 
+    def _embeddings_ahead(
+        self, input_ids: Tensor | None, embedded: Tensor | None, batch: Batch, *, stage: bool
+    ) -> tuple[Tensor, ...]:
+        """What the depths of this stage or of the last one read; nothing if none of them runs."""
+        if self._mtp_runs(batch) or pipeline.must_embed_ahead(self, stage=stage):
+            return pipeline.embeddings_ahead(self, input_ids, embedded)
+        return ()
+
     def _mtp_runs(self, batch: Batch) -> bool:
         return self.mtp is not None and batch.cache is None and (self.training or self.compute_mtp_in_eval)
 
@@ -308,8 +313,9 @@ class NemotronHForCausalLM(HybridGeneration, nn.Module):
     ) -> NemotronHCausalLMOutputWithPast:
         logits = self.logits(keep_positions(hidden, keep))
         predicted = self.predict_ahead(hidden, ahead, batch)
+        last = None if batch.documents is None else batch.documents.last_positions()
         return NemotronHCausalLMOutputWithPast(
-            loss=None if labels is None else next_token_loss(logits, as_rows(labels, 2), batch.documents),
+            loss=None if labels is None else next_token_loss(logits, as_rows(labels, 2), last),
             logits=logits,
             past_key_values=batch.cache,
             mtp_per_depth_h=predicted,

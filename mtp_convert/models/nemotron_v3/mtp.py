@@ -62,12 +62,17 @@ class NemotronV3MTPSublayer(NemotronV3Block):
 
         def run(hidden: Tensor, batch: Batch) -> Tensor:
             if embed_input is not None:
-                halves = normalize(self.enorm, embed_input), normalize(self.hnorm, hidden)
-                hidden = self.eh_proj(torch.cat(halves, dim=-1))
+                hidden = self.fuse(hidden, embed_input)
             hidden = self._run(hidden, batch)
             return normalize(self.final_layernorm, hidden) if self.has_final_norm else hidden
 
         return self._maybe_checkpointed(run, hidden_states, batch or Batch())
+
+    def fuse(self, hidden_states: Tensor, embed_input: Tensor) -> Tensor:
+        """What the sub-layer continues, from the previous hidden state and an embedding, all [B, S, H]."""
+        halves = normalize(self.enorm, embed_input), normalize(self.hnorm, hidden_states)
+        fused: Tensor = self.eh_proj(torch.cat(halves, dim=-1))
+        return fused
 
 
 def build_nemotron_v3_mtp(

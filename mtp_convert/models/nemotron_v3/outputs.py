@@ -6,10 +6,9 @@ Symbols: B rows, S positions, H hidden size, V vocabulary.
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mtp_convert.models.nemotron_v3.documents import Documents
+from mtp_convert.models.logits import keep_problems
 
 
 @dataclass
@@ -31,31 +30,12 @@ class NemotronHCausalLMOutputWithPast(CausalLMOutputWithPast):
     mtp_loss_scaling_factor: float | None = None
 
 
-def keep_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
-    """The last `keep` positions of [B, S, H], those that a tensor names, or all of them for 0."""
-    return hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
-
-
-def next_token_loss(logits: Tensor, labels: Tensor, documents: Documents | None) -> Tensor:
-    """Mean cross entropy of logits [B, S, V] at i against labels [B, S] at i + 1, within documents; -100: no loss."""
-    targets = labels[:, 1:]
-    if documents is not None:
-        targets = targets.masked_fill(documents.last_positions()[:, :-1], -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
-
-
 def argument_problems(labels: Tensor | None, keep: int | Tensor, *, length: int, stage: bool) -> list[str]:
     """Why a forward pass over `length` positions cannot have these labels and `logits_to_keep`, if it cannot."""
-    problems = []
-    if isinstance(keep, int) and keep < 0:
-        problems.append(f"logits_to_keep is {keep}, expected 0 (all) or more")
-    if labels is None:
-        return problems
-    if isinstance(keep, Tensor) or keep:
-        problems.append("labels need the logits of all positions, but logits_to_keep is given")
-    if labels.shape[-1] != length:
+    problems = keep_problems(keep, labels)
+    if labels is not None and labels.shape[-1] != length:
         problems.append(f"labels have {labels.shape[-1]} positions, expected {length}")
-    if stage:
+    if labels is not None and stage:
         problems.append("a pipeline stage computes no loss: give labels to the pipeline's loss function")
     return problems
 

@@ -7,16 +7,17 @@ of the shifted ids. The last stage yields logits [B, S, V], D hidden states [B, 
 [B, S] (all 1 without packed rows), which the loss needs. Without MTP a stage yields one tensor alone.
 """
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from mtp_convert.models.logits import keep_positions
 from mtp_convert.models.mtp import roll_tensor
 from mtp_convert.models.nemotron_v3.batch import Batch
-from mtp_convert.models.nemotron_v3.outputs import as_rows, keep_positions
+from mtp_convert.models.nemotron_v3.outputs import as_rows
+from mtp_convert.models.stages import cut, layer_problems, with_modules
 
 if TYPE_CHECKING:
     from mtp_convert.models.nemotron_v3.model import NemotronHForCausalLM
@@ -40,17 +41,11 @@ def stage_modules(
 
     Raises ValueError if there is no stage, or if the stages do not hold every block once.
     """
-    if not names:
-        raise ValueError("no stages are given")
     backbone: Any = model.model if text_model is None else text_model
-    placed = [name for stage in names for name in stage]
-    blocks = [f"{layers_prefix}layers.{i}" for i in backbone.layers]
-    if wrong := [f"{name} is on {placed.count(name)} stages" for name in blocks if placed.count(name) != 1]:
-        raise ValueError("; ".join(wrong))
-    stages = [list(stage) for stage in names]
-    if model.mtp is not None and "mtp" not in stages[-1]:
-        stages[-1].append("mtp")
-    return stages
+    if problems := layer_problems(names, [f"{layers_prefix}layers.{i}" for i in backbone.layers]):
+        raise ValueError("; ".join(problems))
+    *stages, last = map(list, names)
+    return [*stages, with_modules(last, ["mtp"] * (model.mtp is not None))]
 
 
 def cut_stage(model: "NemotronHForCausalLM", names: Iterable[str]) -> "NemotronHForCausalLM":
@@ -58,21 +53,7 @@ def cut_stage(model: "NemotronHForCausalLM", names: Iterable[str]) -> "NemotronH
 
     Raises ValueError for names that the model does not have, and if the stage with `lm_head` lacks what follows it.
     """
-    kept = set(names)
-    known = {name for name, _ in model.named_modules()}
-    if unknown := sorted(kept - known):
-        raise ValueError(f"modules of a stage that the model does not have: {unknown}")
-    ending = {"model.norm", "mtp"} & known
-    if "lm_head" in kept and (lacking := sorted(ending - kept)):
-        raise ValueError(f"the last stage lacks {lacking}")
-    stage = copy.deepcopy(model)
-    for owner, prefix, parts in ((stage, "", ("lm_head", "mtp")), (stage.model, "model.", ("embed_tokens", "norm"))):
-        for name in parts:
-            if prefix + name not in kept:
-                setattr(owner, name, None)
-    for index in [i for i in stage.model.layers if f"model.layers.{i}" not in kept]:
-        del stage.model.layers[index]
-    return stage
+    return cut(model, set(names), ending={"model.norm", "mtp"})
 
 
 def stage_metas(

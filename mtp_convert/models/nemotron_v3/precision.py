@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from mtp_convert.models.precision import sparing
+
 # Mamba's scalars set decay rates and the router bias decides near ties: bfloat16's 8 bits change both.
 FLOAT32_LEAVES = frozenset({"A_log", "D", "dt_bias", "e_score_correction_bias"})
 
@@ -22,13 +24,6 @@ class KeepsFloat32(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         own = chain(self._parameters.items(), self._buffers.items())
-        named = {name: tensor for name, tensor in own if tensor is not None and name in FLOAT32_LEAVES}
-        kept = {id(t) for tensor in named.values() for t in (tensor, tensor.grad) if t is not None}
-
-        def guarded(tensor: Tensor) -> Tensor:
-            out = fn(tensor)
-            narrower = out.dtype.itemsize < tensor.dtype.itemsize
-            return tensor.to(out.device) if id(tensor) in kept and narrower else out
-
-        applied: Self = super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
+        kept = [tensor for name, tensor in own if tensor is not None and name in FLOAT32_LEAVES]
+        applied: Self = super()._apply(sparing(fn, kept), recurse)  # type: ignore[no-untyped-call]
         return applied

@@ -4,17 +4,16 @@ Releases name the backbone `backbone.*`, transformers also writes `model.*`; exp
 the number of experts.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import NemotronHConfig
 
 from mtp_convert.models.nemotron_v3.precision import stored_dtype
+from mtp_convert.models.safetensors_folder import SafetensorsFolder
 
 if TYPE_CHECKING:
     from mtp_convert.models.nemotron_v3.model import NemotronHForCausalLM
@@ -24,35 +23,6 @@ _EMBEDDING, _NORM = "model.embed_tokens.", "model.norm."
 _BACKBONES = ("backbone.", "model.")
 # Released spelling first.
 _SPELLINGS = {_EMBEDDING: ("embeddings.", "embed_tokens.", "embedding."), _NORM: ("norm_f.", "norm.")}
-
-
-class SafetensorsFolder(Mapping[str, Tensor]):
-    """The tensors of a folder's safetensors file, or of the files that its index names, read when asked for.
-
-    Raises ValueError if the index names a file outside the folder, or two files hold one name.
-    """
-
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self._files: dict[str, Any] = {}
-        for file in _files(folder):
-            handle: Any = safe_open(file, "pt", device=str(device))
-            if twice := sorted(self._files.keys() & set(handle.keys())):
-                raise ValueError(f"{folder.name}: tensors in more than one file: {twice}")
-            self._files |= dict.fromkeys(handle.keys(), handle)
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape by the file's header."""
-        return tuple(self._files[name].get_slice(name).get_shape())
 
 
 def read_folder_config(source: str | Path, config: NemotronHConfig | None = None) -> tuple[Path, NemotronHConfig]:
@@ -75,7 +45,7 @@ def load_folder(
     """
     stored = SafetensorsFolder(folder, device)
     state = model.state_dict()
-    sources = {name: _sources(name, len(tensor) if tensor.dim() else 0, stored) for name, tensor in state.items()}
+    sources = {name: sources_of(name, len(tensor) if tensor.dim() else 0, stored) for name, tensor in state.items()}
     problems = list(_problems(stored, state, sources, _left_out(stored, model)))
     if problems:
         raise ValueError(f"{folder.name}: " + "; ".join(problems))
@@ -96,8 +66,11 @@ def released_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(sorted(released.items()))
 
 
-def _sources(name: str, experts: int, stored: Mapping[str, Tensor]) -> list[str]:
-    """The file tensors that make the tensor `name` [E, ..]: the first spelling of which the files have any."""
+def sources_of(name: str, experts: int, stored: Container[str]) -> list[str]:
+    """The file tensors that make the tensor `name` [E, ..]: the first spelling of which the files have any.
+
+    One of the same shape, or one for each of `experts` (0 where there are none).
+    """
     spelled = list(_spellings(name))
     options = [[spelling] for spelling in spelled]
     if name.endswith(_STACKED):
@@ -165,14 +138,3 @@ def _assemble(
     for expert, source in enumerate(sources):
         stack[expert] = stored[source]
     return stack
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    listed: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-    names = sorted(set(listed.values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{folder.name}: the index names files outside its folder: {outside}")
-    return [folder / name for name in names]

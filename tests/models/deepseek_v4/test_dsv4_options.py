@@ -151,6 +151,13 @@ def test_casting_spares_what_stays_in_float32() -> None:
     assert torch.equal(run(loaded, ids).logits, run(cast, ids).logits)
 
 
+def test_gradients_of_spared_parameters_keep_their_type() -> None:
+    model = training(D2)
+    model(golden(D2)["input_ids"], labels=golden(D2)["input_ids"]).loss.backward()
+    model.to(torch.bfloat16)
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in model.parameters())
+
+
 def test_casting_to_more_casts_everything() -> None:
     model = training(D2).double()
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float64, torch.int64}

@@ -32,6 +32,7 @@ from mtp_convert.models.megatron.hybrid_model import HybridModel
 from mtp_convert.models.megatron.language_model import LanguageModel, Prediction
 from mtp_convert.models.megatron.loading import load_tensors
 from mtp_convert.models.megatron.loss_logging import MTPLossLoggingHelper
+from mtp_convert.models.megatron.packed import PackedSeqParams
 from mtp_convert.models.megatron.sharding import ShardedEntry, ShardedObject, ShardedTensorFactory
 
 GOLDEN = Path(__file__).parents[3] / "fixtures" / "golden" / "megatron"
@@ -210,6 +211,17 @@ def check_losses(name: str) -> None:
     loss = model(tokens, labels=labels, loss_mask=mask)
     torch.testing.assert_close(loss, outputs["lm_loss"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(MTPLossLoggingHelper.tracker["loss_values"], outputs["mtp_loss"], rtol=1e-5, atol=1e-6)
+
+
+def check_packed(model: LanguageModel) -> None:
+    """Sequences packed into one row compute what each computes alone."""
+    lengths = [3, 5, 4]
+    row, ends = ids(sum(lengths), rows=1), torch.tensor([0, 3, 8, 12], dtype=torch.int32)
+    with torch.no_grad():
+        together = flat(model.predict(row, PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)))
+        alone = [flat(model.predict(part)) for part in row.split(lengths, 1)]
+    for name, got in together.items():
+        torch.testing.assert_close(got, torch.cat([each[name] for each in alone], 1), rtol=1e-10, atol=1e-10)
 
 
 def differing(one: LanguageModel, other: LanguageModel) -> list[str]:

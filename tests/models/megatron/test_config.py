@@ -120,10 +120,9 @@ def test_a_layout_in_words_becomes_stages() -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        {"window_size": (128, 0)},
         {"use_rope_scaling": True},
         {"softmax_type": "learnable"},
-        {"experimental_attention_variant": "dsa"},
+        {"experimental_attention_variant": "dsv5"},
         {"enable_mhc_connections": True},
         {"moe_router_load_balancing_type": "sinkhorn"},
         {"qk_l2_norm": True},

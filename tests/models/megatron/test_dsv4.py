@@ -304,7 +304,7 @@ def test_gradients_on_a_device(device: str) -> None:
         ({"transformer_impl": "local"}, 'transformer_impl="transformer_engine"'),
         ({"actual_vocab_size": 0}, "moe_n_hash_layers needs actual_vocab_size"),
         ({"gated_linear_unit": False}, "activation_func_clamp_value needs gated_linear_unit"),
-        ({"experimental_attention_variant": "dsa"}, "experimental_attention_variant is 'dsa'"),
+        ({"experimental_attention_variant": "dsv5"}, "experimental_attention_variant is 'dsv5'"),
         ({"hybrid_layer_pattern": "EEEE"}, "not supported in models with a layer pattern"),
     ],
     ids=str,

@@ -12,7 +12,12 @@ from torch import Tensor
 from transformers import NemotronHConfig
 from transformers.utils import logging
 
-from mtp_convert.models.nemotron_v3 import NemotronHCausalLMOutputWithPast, NemotronHForCausalLM, Numerics
+from mtp_convert.models.nemotron_v3 import (
+    NemotronHCausalLMOutputWithPast,
+    NemotronHForCausalLM,
+    NemotronHybridCache,
+    Numerics,
+)
 
 logging.set_verbosity_error()  # transformers recommends GPU kernels on every machine
 
@@ -21,6 +26,7 @@ GOLDEN = FIXTURES / "golden" / "automodel"
 D1, REPEATED, GROUPS = GOLDEN / "nemotron_d1", GOLDEN / "nemotron_d2_rep", GOLDEN / "nemotron_latent_groups"
 MAMBA, PACKED = GOLDEN / "nemotron_mtpM", GOLDEN / "nemotron_packed"
 TINY = FIXTURES / "tiny-nemotron-h"
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TOLERANCE = 2e-5  # relative; rounding gives 1e-6, a mistake 1e-2 and more
 OPTIONS: dict[Path, dict[str, Any]] = {REPEATED: {"num_nextn_predict_layers": 2, "mtp_use_repeated_layer": True}}
 
@@ -64,6 +70,20 @@ def fresh(
     return model.eval()
 
 
+def exchange(model: NemotronHForCausalLM, first: str, second: str) -> None:
+    """Let two weights change places."""
+    state = model.state_dict()
+    kept = state[first].clone()
+    state[first].copy_(state[second])
+    state[second].copy_(kept)
+
+
+def swap_halves(model: NemotronHForCausalLM, name: str) -> None:
+    """Exchange the column halves of an `eh_proj` [H, 2H]."""
+    weight = model.state_dict()[name]
+    weight.copy_(weight.roll(weight.shape[1] // 2, dims=1))
+
+
 def some_ids(rows: int, length: int, *, seed: int = 0) -> Tensor:
     """Ids of 1 to 63: transformers takes the padding id 0 in a prompt for padding."""
     return torch.randint(1, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
@@ -81,6 +101,21 @@ def predictions(output: NemotronHCausalLMOutputWithPast) -> list[Tensor]:
     assert output.logits is not None
     assert output.mtp_per_depth_h is not None
     return [output.logits, *output.mtp_per_depth_h]
+
+
+def left_padded(ids: Tensor) -> Tensor:
+    """A mask that takes the first three tokens of row 0 for padding."""
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return mask
+
+
+def filled(model: NemotronHForCausalLM, ids: Tensor, *, record: bool = False) -> NemotronHybridCache:
+    cache = model.new_cache()
+    run(model, ids, past_key_values=cache)
+    if record:
+        cache.activate_past_recording()
+    return cache
 
 
 def heldout(rows: int, length: int) -> Tensor:

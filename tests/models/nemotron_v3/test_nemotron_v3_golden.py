@@ -12,13 +12,14 @@ from _nemotron_v3 import (
     REPEATED,
     TINY,
     TOLERANCE,
+    exchange,
     golden,
-    heldout,
     load,
     relative,
     report,
     run,
     some_ids,
+    swap_halves,
 )
 from torch import Tensor
 from transformers import NemotronHForCausalLM as TransformersModel
@@ -61,13 +62,6 @@ def test_without_a_mask_documents_are_kept_apart_all_the_same() -> None:
         assert relative(hidden[real], expected[f"mtp_per_depth_h.{k}"][real]) < TOLERANCE
 
 
-def exchange(model: NemotronHForCausalLM, first: str, second: str) -> None:
-    state = model.state_dict()
-    kept = state[first].clone()
-    state[first].copy_(state[second])
-    state[second].copy_(kept)
-
-
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -91,8 +85,7 @@ def test_an_exchange_of_weights_is_far_outside_the_tolerance(first: str, second:
 def test_halves_of_eh_proj_are_far_outside_the_tolerance() -> None:
     expected = golden(D1)
     model = load(D1)
-    weight = model.state_dict()["mtp.layers.0.eh_proj.weight"]
-    weight.copy_(weight.roll(weight.shape[1] // 2, dims=1))
+    swap_halves(model, "mtp.layers.0.eh_proj.weight")
     hidden = run(model, expected["input_ids"]).mtp_per_depth_h
     assert hidden is not None
     assert relative(hidden[0], expected["mtp_per_depth_h.0"]) > 0.1
@@ -146,13 +139,3 @@ def test_fields_of_mtp_survive_a_rebuilt_output() -> None:
     rebuilt = type(output)(**dict(output.items()))
     assert rebuilt.mtp_per_depth_h is not None
     assert rebuilt.mtp_loss_scaling_factor == 0.1
-
-
-def test_a_trained_fixture_drafts_well() -> None:
-    ids = heldout(4, 96)
-    model = load(TINY, dtype=torch.float32)
-    output = run(model, ids)
-    assert output.mtp_per_depth_h is not None
-    drafted = model.logits(output.mtp_per_depth_h[0])[:, :-1].argmax(-1)
-    chosen = output.logits[:, 1:].argmax(-1)
-    assert 0.65 < float((drafted == chosen).double().mean()) < 1.0

@@ -15,6 +15,7 @@ from _nemotron_v3 import (
     PACKED,
     REPEATED,
     TINY,
+    TOLERANCE,
     config_of,
     golden,
     load,
@@ -176,6 +177,20 @@ def test_mtp_can_be_left_out() -> None:
     assert model.mtp is None
     assert not [name for name in model.state_dict() if name.startswith("mtp.")]
     assert torch.equal(run(model, some_ids(1, 5)).logits, run(load(MAMBA), some_ids(1, 5)).logits)
+
+
+def test_a_folder_without_depths_is_a_backbone(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if not n.startswith("mtp.")}
+    save_file(tensors, folder / "model.safetensors")
+    model = NemotronHForCausalLM.from_pretrained(folder)
+    model.compute_mtp_in_eval = True
+    output = run(model, golden(folder)["input_ids"])
+    assert relative(output.logits, golden(folder)["logits"]) < TOLERANCE
+    assert output.mtp_per_depth_h is None
+    with pytest.raises(ValueError, match=r"missing: \['mtp\.layers\.0\."):
+        NemotronHForCausalLM.from_pretrained(folder, num_nextn_predict_layers=1)
 
 
 def test_fewer_depths_than_stored() -> None:

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: names, reading by byte ranges, downloads, uploads."""

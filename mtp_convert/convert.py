@@ -127,6 +127,7 @@ def prepare(source: Checkpoint, options: Options, *, compare: bool = True) -> Jo
     kept, kept_small = travelling(source, options.to, options.max_shard_size)
     output = replace(output, files=(*output.files, *kept))
     notes = source.notes + copied.notes + folded + _unpadded(source, target) + recoded.notes
+    notes += goal.notes if goal else ()
     small = {**small, **kept_small, **output.small}
     return Job(source, options, plan, tuple(tensors), output, small, recoded, physical, steps, repeated, notes)
 

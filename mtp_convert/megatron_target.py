@@ -26,6 +26,7 @@ SINCE = {
     "mtp_use_repeated_layer": (0, 17),
 }
 PACKED = "packed"  # a spelling of experts that is read and not written: releases since 0.17 do not know it
+TRANSFORMERS_BEST = 2  # experts of a group whose scores are its score, in all of its models with router groups
 FORMATS = {"torch_dist": "torch_dist", "legacy": "torch"}  # container -> Megatron-LM's --ckpt-format
 
 
@@ -63,6 +64,18 @@ class MegatronTarget:
         if self.source.stored.container == "legacy":
             return frozenset()
         return provenance.copies(self.source, target)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What Megatron-Core will compute in another way than the source's own stack, with the same weights."""
+        groups, chosen = self.args.get("moe_router_num_groups") or 1, self.args.get("moe_router_group_topk") or 0
+        best = self.args["moe_router_topk"] // chosen if groups > 1 and chosen else TRANSFORMERS_BEST
+        if best == TRANSFORMERS_BEST:
+            return ()
+        return (
+            f"Megatron-Core scores a group of experts by its best {best}, transformers by its best "
+            f"{TRANSFORMERS_BEST}: with the same weights they route, and so compute, differently",
+        )
 
     def arguments(self, rows: int) -> dict[str, Any]:
         """The training arguments, with the parallel sizes and the vocabulary `rows` that are written."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ NOT_STORED = (
     "by the converter's tables both sides store the same values here, and they compute something else with them: a "
     "table maps them wrongly, or the two configs say different things"
 )
+CGROUP = Path("/sys/fs/cgroup/memory.max")
 SHARE = 0.4  # of the free memory that the weights of one whole model may take
 
 
@@ -93,7 +96,11 @@ def _free_memory(device: torch.device) -> int:
     """Bytes that a model may count on."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
+    group = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
+    limits += [int(group)] if group.isdecimal() else []
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([free, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
 
 
 def _judged(a: Side, b: Side, ids: Tensor, where: Conditions, options: VerifyOptions) -> Verdict:
@@ -103,6 +110,11 @@ def _judged(a: Side, b: Side, ids: Tensor, where: Conditions, options: VerifyOpt
         return judge(a, b, ids, where)
     except ValueError as error:
         raise ConvertError("MTP032", Problem(str(error))) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        hint = "fewer --rows or a shorter --length" if where.streamed else "--mode streamed holds one layer at a time"
+        raise ConvertError("MTP032", Problem(f"not enough memory on {where.device}"), hint=hint) from error
 
 
 def _problem(p: PlaceError) -> Problem:

@@ -7,6 +7,9 @@ one is. A thread reads the next group ahead, unless that is so large that a seco
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol, Self
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 AHEAD = 1 << 30  # bytes; a larger group is read when it is needed
+
+_M_MMAP_THRESHOLD, _MAPPED = -3, 256 << 10  # of malloc.h; blocks of this many bytes are mapped
 
 
 class Weights(Protocol):
@@ -104,6 +109,8 @@ class Residency:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
 
     def __enter__(self) -> Self:
+        if self._streamed:
+            _give_back_what_is_freed()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,3 +154,10 @@ class Residency:
         for name in self._groups[group]:
             self._slots[name].put(self._meta[name])
         self._present.discard(group)
+
+
+def _give_back_what_is_freed() -> None:
+    """Let glibc map large blocks one by one: it otherwise keeps the memory of freed layers, some hundred MB of it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED)

@@ -42,7 +42,8 @@ def test_golden_folders_and_their_conversions(name: str, tmp_path: Path) -> None
 def test_groups_that_the_stacks_score_differently_are_seen(tmp_path: Path) -> None:
     """transformers takes the best two experts of a group, Megatron-Core the best topk / groups (golden README)."""
     name = "nemotron_latent_groups"
-    convert(AUTOMODEL / name, tmp_path / "b", "megatron")
+    said = convert(AUTOMODEL / name, tmp_path / "b", "megatron").notes
+    assert any("scores a group of experts" in note for note in said)
     found = verified(AUTOMODEL / name, tmp_path / "b")
     assert not found.ok
     assert found.section("bits").ok
@@ -181,3 +182,14 @@ def test_two_families_are_refused(cli: Cli) -> None:
     done = cli("verify", AUTOMODEL / "nemotron_d1", AUTOMODEL / "dsv4_d1")
     assert (done.code, done.out) == (4, "")
     assert "MTP028" in done.err
+
+
+def test_too_little_memory_is_said_with_a_way_out(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("mtp_convert.verify.parity.judge", full)
+    done = cli("verify", AUTOMODEL / "nemotron_d1", AUTOMODEL / "nemotron_d1", "--mode", "whole")
+    assert done.code == 4
+    assert "MTP032" in done.err
+    assert "--mode streamed" in done.err

@@ -98,7 +98,7 @@ def limited(words: list[str], data: int) -> Ended:
     It counts what the process asks for, and not the files that it maps, such as libraries. It also counts what the C
     library keeps for later: glibc is told to give freed blocks of 256 KiB and more back.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-c", LAUNCH, str(data), *words]
     done = subprocess.run(launch, capture_output=True, text=True, env=env, check=False)
     return Ended(done.returncode, done.stdout, done.stderr, int(done.stderr.split()[-1]))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +75,8 @@ def there_and_back(src: Path, scratch: Path, **options: Any) -> tuple[Path, Path
     return there, back
 
 
-@cache
 def golden_tensors(name: str) -> Tensors:
-    """The weights of a golden HF folder; do not change them in place."""
+    """The weights of a golden HF folder, the caller's own."""
     return load_file(AUTOMODEL / name / "model.safetensors")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from _damage import Mistake, value_mistakes, wrong_table
 from _families import random_folder
 from _kit import convert
+from _mistakes import Mistake, value_mistakes, wrong_table
 from test_families_forward import RUN
 
 from mtp_convert.checkpoint import open_checkpoint

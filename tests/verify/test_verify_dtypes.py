@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from _damage import forget_rope_order, swap_halves
 from _families import config_of, random_folder, random_tensors
 from _kit import convert, hf_folder
+from _mistakes import forget_rope_order, swap_halves
 
 from mtp_convert.checkpoint import open_checkpoint
 from mtp_convert.verify.options import VerifyOptions
